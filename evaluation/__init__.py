@@ -1,0 +1,1 @@
+"""What a model is worth: perplexity and, later, text metrics and multiple choice."""

@@ -1,0 +1,1 @@
+"""What people look at: curves and comparison pages, made from finished files."""

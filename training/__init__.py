@@ -1,0 +1,1 @@
+"""The loop and what keeps it alive: settings, optimizer, schedule, resume, distribution, metrics."""
