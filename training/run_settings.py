@@ -1,0 +1,164 @@
+"""What a run can be told: the settings of `train_gpt2.py` and `finetune_dolly.py`. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Interval = int | Literal["epoch"]
+Device = str
+
+
+@dataclass
+class RunSettings:
+    """Settings that pretraining and fine-tuning share."""
+
+    data_dir: str = "fineweb-edu"
+    """Folder of token shards made by prepare_data.py; a bare name means data/NAME."""
+    log_dir: str = "logs"
+    """Folder of the run: model_NNNNN.pt, metrics.jsonl, config.yaml, training.log, curves.png."""
+    preset: str = "124M"
+    """Network to start from random weights: tiny, 124M, 350M, 774M, 1558M, or llama-tiny ... llama-1558M."""
+    block_size: int = 1024
+    """Context length in tokens."""
+    batch_size: int = 16
+    """Windows in one micro-batch of one process."""
+    total_batch_size: int = 524288
+    """Tokens of one optimizer step over all processes; gives the number of accumulation steps."""
+    grad_accum_steps: int | None = None
+    """Micro-batches of one optimizer step in one process; instead of total_batch_size."""
+    max_steps: int = 19073
+    """Optimizer steps."""
+    epochs: float | None = None
+    """Passes over the data, fractions allowed; instead of max_steps."""
+    max_samples: int | None = None
+    """Use only the first N windows (text) or records (instructions) of the training set."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: torch.optim.Muon on the hidden matrices, AdamW on the rest."""
+    max_lr: float = 6e-4
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.1
+    """Learning rate at the end as a share of the peak (cosine, linear and wsd)."""
+    lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Shape after the warm-up; wsd holds the peak, then falls linearly over the last decay_ratio."""
+    warmup_steps: int = 715
+    """Steps of linear warm-up."""
+    warmup_ratio: float | None = None
+    """Warm-up as a share of all steps; instead of warmup_steps."""
+    decay_ratio: float = 0.2
+    """Share of all steps in which the wsd schedule falls."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean (Muon's momentum stays at 0.95)."""
+    beta2: float = 0.95
+    """AdamW's decay of the square."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient to this norm; 0 turns clipping off (the norm is logged all the same)."""
+    dropout: float = 0.0
+    """Dropout probability in the network."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop the run, or skip the step (at most 10 in a row)."""
+    eval_interval: Interval = 250
+    """Steps between evaluations on the validation split, or `epoch`; 0 = only at the end."""
+    eval_batch_size: int | None = None
+    """Windows of one evaluation micro-batch; batch_size where not given."""
+    max_eval_samples: int = 640
+    """Validation windows used at each evaluation, evenly spread; 0 = all."""
+    generate_interval: Interval = 250
+    """Steps between samples from the fixed prompts, or `epoch`; 0 = never."""
+    sample_prompts: tuple[str, ...] = ("Hello, I'm a language model,",)
+    """The fixed prompts."""
+    sample_tokens: int = 64
+    """New tokens of one sample."""
+    checkpoint_interval: Interval = 1000
+    """Steps between full checkpoints, or `epoch`; the last step is always saved. 0 = only the last."""
+    keep_last_n_checkpoints: int = 3
+    """Newest checkpoints to keep (best.pt is kept besides); 0 = all."""
+    auto_resume: bool = False
+    """Go on from the newest good checkpoint in log_dir, if there is one."""
+    resume: bool = False
+    """Go on from --checkpoint_path (without it: from the newest good checkpoint in log_dir, which must exist)."""
+    checkpoint_path: str | None = None
+    """The checkpoint that --resume goes on from."""
+    log_interval: int | None = None
+    """Steps between lines of metrics.jsonl; every step in runs of at most 200 steps, else 10."""
+    seed: int = 1337
+    """Seed of weights, order of samples and dropout."""
+    device: Device = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Autocast type; auto: bfloat16 or float16 on a GPU, float32 on a CPU (bfloat16 can be 24x slower there)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto: on on a GPU, off on a CPU (no gain measured there)."""
+    matmul_precision: Literal["highest", "high", "medium"] = "high"
+    """torch.set_float32_matmul_precision: high allows TF32 on a GPU."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more time."""
+    wandb: bool = False
+    """Log to Weights & Biases too (WANDB_MODE=offline needs no account)."""
+    wandb_project: str = "espalier"
+    """Project name there."""
+
+
+@dataclass
+class TrainSettings(RunSettings):
+    """train_gpt2.py: the defaults are GPT-2 124M on 10B FineWeb-Edu tokens."""
+
+
+@dataclass
+class FinetuneSettings(RunSettings):
+    """finetune_dolly.py: full fine-tuning on instruction data."""
+
+    pretrained_checkpoint: str = "logs/model_19072.pt"
+    """Model to start from: a full checkpoint or a weights-only file."""
+    data_dir: str = "dolly15k"
+    """Folder of instruction shards made by prepare_data.py (a bare name means data/NAME), or a .jsonl/.json of records."""
+    log_dir: str = "logs_finetune"
+    """Folder of the run: model_NNNNN.pt, metrics.jsonl, config.yaml, training.log, curves.png."""
+    finetune_method: Literal["full"] = "full"
+    """Which parameters are trained: full = all of them."""
+    packing: bool = True
+    """Several records in one window, each blind to the others; off pads one record a window."""
+    prompt_template: str = "dolly"
+    """Prompt format where data_dir is a JSONL of records: dolly, alpaca, zh_instruction, human_assistant or zh_code."""
+    max_lr: float = 6e-5
+    """Peak learning rate."""
+    max_steps: int = 6
+    """Optimizer steps (6 are about one epoch of Dolly-15k)."""
+    warmup_steps: int = 1
+    """Steps of linear warm-up."""
+    beta2: float = 0.999
+    """AdamW's decay of the square."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay, on matrices only."""
+    eval_interval: Interval = 2
+    """Steps between evaluations on the validation split, or `epoch`; 0 = only at the end."""
+    generate_interval: Interval = 2
+    """Steps between samples from the fixed prompts, or `epoch`; 0 = never."""
+    sample_prompts: tuple[str, ...] = (
+        "What is the difference between a list and a tuple?",
+        "Summarize what an exception is in one sentence.",
+        "How do I read a file line by line?",
+    )
+    """The fixed prompts, put into the data set's prompt format."""
+    checkpoint_interval: Interval = 2
+    """Steps between full checkpoints, or `epoch`; the last step is always saved. 0 = only the last."""
+
+
+# What a preset changes in train_gpt2.py's defaults; anything set explicitly wins. `tiny` is for two CPU cores.
+PRESET_DEFAULTS: dict[str, dict[str, int | float]] = {
+    "tiny": {
+        "block_size": 256,
+        "batch_size": 16,
+        "total_batch_size": 4096,
+        "max_steps": 1000,
+        "max_lr": 1e-3,
+        "warmup_steps": 50,
+        "checkpoint_interval": 250,
+        "max_eval_samples": 64,
+    },
+}
+PRESET_DEFAULTS["llama-tiny"] = PRESET_DEFAULTS["tiny"]
