@@ -31,6 +31,8 @@ class RunSettings:
     """Optimizer steps."""
     epochs: float | None = None
     """Passes over the data, fractions allowed; instead of max_steps."""
+    packing: bool = True
+    """Instruction data: several records in one window, each blind to the others; off pads one record a window."""
     max_samples: int | None = None
     """Use only the first N windows (text) or records (instructions) of the training set."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -115,13 +117,11 @@ class FinetuneSettings(RunSettings):
     pretrained_checkpoint: str = "logs/model_19072.pt"
     """Model to start from: a full checkpoint or a weights-only file."""
     data_dir: str = "dolly15k"
-    """Folder of instruction shards made by prepare_data.py (a bare name means data/NAME), or a .jsonl/.json of records."""
+    """Folder of instruction shards made by prepare_data.py (a bare name: data/NAME), or a .jsonl/.json of records."""
     log_dir: str = "logs_finetune"
     """Folder of the run: model_NNNNN.pt, metrics.jsonl, config.yaml, training.log, curves.png."""
     finetune_method: Literal["full"] = "full"
     """Which parameters are trained: full = all of them."""
-    packing: bool = True
-    """Several records in one window, each blind to the others; off pads one record a window."""
     prompt_template: str = "dolly"
     """Prompt format where data_dir is a JSONL of records: dolly, alpaca, zh_instruction, human_assistant or zh_code."""
     max_lr: float = 6e-5

@@ -1,4 +1,4 @@
-"""Settings from one dataclass a script: flags with underscores, a YAML file under them, errors that name the nearest name.
+"""Settings from one dataclass a script: flags with underscores over a YAML file, errors that name the nearest name.
 
 No torch here: `--help` answers before anything heavy is imported.
 """
@@ -129,7 +129,8 @@ def _as_flags(cls: type, values: dict[str, Any]) -> list[str]:
 def _normalize(cls: type, argv: Sequence[str]) -> tuple[list[str], set[str]]:
     """argv under our names, and which settings it sets. Raises ValueError for an unknown flag.
 
-    The same flag twice: the last wins, as people expect of wrappers that append flags. Two names of one setting: an error.
+    The same flag twice: the last wins, as people expect of wrappers that append flags. Two names of one
+    setting are an error.
     """
     known = field_names(cls)
     words: dict[str, list[str]] = {"": []}  # setting -> its flag and values
@@ -169,7 +170,7 @@ def _take(argv: list[str], flag: str) -> str | None:
 def parse(cls: type[S], argv: Sequence[str] | None = None, *, description: str = "") -> S:
     """Settings from `argv`: defaults, then `--config FILE`, then flags.
 
-    What was set explicitly is kept as `settings.explicit_names`, for rules such as "an explicit setting beats a default".
+    What was set explicitly is kept as `settings.explicit_names`: an explicit setting beats a default.
     Raises ValueError for unknown names and SystemExit(2) for values of the wrong type (SystemExit(0) after --help).
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -182,7 +183,7 @@ def parse(cls: type[S], argv: Sequence[str] | None = None, *, description: str =
     def read(args: list[str], default: S | None) -> S:
         more = {} if default is None else {"default": default}
         text = f"{description}\n\nAlso: --config FILE (YAML, flags win), --print_config (resolved settings as YAML)."
-        return tyro.cli(cls, args=args, description=text, use_underscores=True, **more)  # type: ignore[no-any-return,call-overload]
+        return tyro.cli(cls, args=args, description=text, use_underscores=True, **more)  # type: ignore[call-overload]
 
     settings: S | None = None
     if config is not None:

@@ -1,0 +1,233 @@
+"""Our checkpoint: one file that `torch.load(weights_only=True)` opens and that proves its own content.
+
+A SHA-256 of all else stands in the comment of the zip archive that torch.save writes. torch.load does not look at it
+(nor does it notice a flipped bit: it loads 97% of single-bit errors silently), so `load_checkpoint` does.
+
+    file = [zip archive up to its comment length][length: 2 bytes]["espalier-sha256:" + 64 hex digits]
+            `--------- the digest is over this ---------'
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+
+FORMAT = 1
+TEMPORARY = ".tmp-"  # every unfinished file's name begins so; nothing reads such a file
+_COMMENT = b"espalier-sha256:"
+_TAIL = 2 + len(_COMMENT) + 64  # bytes: comment length, comment
+_PLAIN_END = 22  # bytes: the end-of-archive record of a zip without a comment
+_CHUNK = 1 << 22
+
+# What a weights-only file lacks.
+TRAINING_KEYS = ("optimizer", "scaler", "train_loader_state", "rng", "progress")
+
+
+class _DigestWriter:
+    """Hashes what passes through, but for the last two bytes (the comment length, which is rewritten)."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.held = b""
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.file.write(view)
+        self.size += len(view)
+        if len(view) >= 2:
+            self.digest.update(self.held)
+            self.digest.update(view[:-2])
+            self.held = bytes(view[-2:])
+        else:
+            held = self.held + bytes(view)
+            self.digest.update(held[:-2])
+            self.held = held[-2:]
+        return len(view)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_durably(path: Path, write: Callable[[IO[bytes]], None], check: Callable[[Path], None] | None = None) -> None:
+    """Write a file so that a reader sees the old one or the whole new one, also after a crash at any instant.
+
+    Temporary name in the same folder, flush to disk, optional re-read, rename, flush of the folder. On any error the
+    temporary goes away and what was there stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{TEMPORARY}{path.name}-{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if check is not None:
+            check(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so that a rename or removal in it outlives a power cut (no-op where unsupported)."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what interrupted writes left behind. Only for the one run that holds the folder."""
+    for file in folder.glob(TEMPORARY + "*"):
+        if file.is_file():
+            file.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> int:
+    """Write `payload` to `path` atomically and verified; returns its size in bytes.
+
+    Raises OSError when the disk is full or the folder cannot be written; the previous file at `path` stays whole.
+    """
+    path = Path(path)
+    size = 0
+
+    def write(file: IO[bytes]) -> None:
+        nonlocal size
+        writer = _DigestWriter(file)
+        torch.save({"format": FORMAT, **payload}, cast("IO[bytes]", writer))
+        file.seek(-2, os.SEEK_END)
+        comment = _COMMENT + writer.digest.hexdigest().encode()
+        file.write(struct.pack("<H", len(comment)) + comment)
+        size = writer.size - 2 + _TAIL
+
+    def check(temporary: Path) -> None:
+        _verify_digest(temporary, shown=path)
+        _read(temporary, shown=path)  # mapped, not read: it proves that weights_only=True takes every value
+
+    try:
+        write_durably(path, write, check)
+    except (OSError, RuntimeError) as error:
+        raise _save_error(path, payload, error) from None
+    return size
+
+
+def _save_error(path: Path, payload: dict[str, Any], error: Exception) -> Exception:
+    """The error of a failed save in one line: a full disk comes out of torch.save as a RuntimeError without errno."""
+    needed = payload_bytes(payload)
+    free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+    code = getattr(error, "errno", None)
+    full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or free < needed
+    if full or isinstance(error, RuntimeError):
+        reason = "disk full" if full else f"could not be written ({' '.join(str(error).split())[:120]})"
+        text = f"{path}: {reason}: about {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
+        return OSError(code or errno.ENOSPC, text)
+    return error
+
+
+def payload_bytes(payload: Any) -> int:
+    """Bytes of the tensors in a nest of dicts and lists: about the size of the file."""
+    if isinstance(payload, torch.Tensor):
+        return payload.numel() * payload.element_size()
+    if isinstance(payload, dict):
+        return sum(payload_bytes(value) for value in payload.values())
+    if isinstance(payload, (list, tuple)):
+        return sum(payload_bytes(value) for value in payload)
+    return 0
+
+
+def load_checkpoint(path: str | Path, *, require_digest: bool = False) -> dict[str, Any]:
+    """The checked content of a checkpoint, tensors mapped from the file into CPU memory (copied when written to).
+
+    Raises FileNotFoundError or ValueError naming the file and the reason. A plain archive without a digest (weights
+    that somebody saved with torch.save) is taken unless `require_digest`; `has_digest(path)` tells.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, expected a checkpoint file (.pt)")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    if require_digest or not _is_plain_archive(path):
+        _verify_digest(path, shown=path)
+    payload = _read(path, shown=path)
+    missing = [key for key in ("model", "config") if key not in payload]
+    if missing:
+        raise ValueError(f"{path}: is not a checkpoint: it lacks {' and '.join(missing)}")
+    version = payload.get("format", FORMAT)
+    if not isinstance(version, int) or version > FORMAT:
+        raise ValueError(f"{path}: has format {version!r}, this version reads up to {FORMAT}: update the project")
+    return payload
+
+
+def is_full(payload: dict[str, Any]) -> bool:
+    """Whether a checkpoint holds the training state, so that a run can go on from it."""
+    return all(key in payload for key in TRAINING_KEYS)
+
+
+def has_digest(path: str | Path) -> bool:
+    """Whether the file carries a digest (it may still be wrong: load_checkpoint checks)."""
+    return not _is_plain_archive(Path(path))
+
+
+def _is_plain_archive(path: Path) -> bool:
+    """A whole zip file without a comment: its last 22 bytes are the end record and end in comment length 0."""
+    with open(path, "rb") as file:
+        if file.seek(0, os.SEEK_END) < _PLAIN_END:
+            return False
+        file.seek(-_PLAIN_END, os.SEEK_END)
+        end = file.read()
+    return end[:4] == b"PK\x05\x06" and end[-2:] == b"\x00\x00"
+
+
+def _verify_digest(path: Path, shown: Path) -> None:
+    """Raises ValueError, naming the file `shown`, unless the content matches the digest in the comment."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size == 0:
+            raise ValueError(f"{shown}: is empty")
+        if size <= _TAIL:
+            raise ValueError(f"{shown}: is cut short: {size} bytes, expected a checkpoint")
+        left = size - _TAIL
+        while left:
+            block = file.read(min(_CHUNK, left))
+            if not block:
+                raise ValueError(f"{shown}: became shorter while it was read")
+            digest.update(block)
+            left -= len(block)
+        tail = file.read()
+    expected = struct.pack("<H", _TAIL - 2) + _COMMENT + digest.hexdigest().encode()
+    if tail[2 : 2 + len(_COMMENT)] != _COMMENT:
+        raise ValueError(f"{shown}: ends without a digest: cut short, or not written by this project")
+    if tail != expected:
+        found = digest.hexdigest()[:12]
+        stated = tail[2 + len(_COMMENT) :][:12].decode("ascii", "replace")
+        raise ValueError(f"{shown}: is damaged: its digest says {stated}, its content gives {found}")
+
+
+def _read(path: Path, shown: Path) -> dict[str, Any]:
+    """torch.load without pickle's dangers and without copying; any failure becomes a ValueError naming the file."""
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds here: UnpicklingError, RuntimeError, KeyError, EOFError ...
+        text = " ".join(str(error).split())[:160]
+        raise ValueError(f"{shown}: cannot be read as a checkpoint ({type(error).__name__}: {text})") from None
+    if not isinstance(payload, dict):
+        raise ValueError(f"{shown}: holds a {type(payload).__name__}, expected a checkpoint")
+    return payload

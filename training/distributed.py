@@ -1,0 +1,108 @@
+"""The processes of a run. torchrun tells each its rank; without it there is one process and nothing to agree on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# A peer that died or hangs is noticed after this long (NCCL's own default is 10 minutes).
+TIMEOUT = timedelta(minutes=5)
+
+
+@dataclass(frozen=True)
+class Dist:
+    """Who this process is among all. `control` is a gloo group on the CPU for flags and counts: a question whether to
+    stop must not make the host wait for the GPU's queue.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """The values added up over all processes, in float64."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, *values: float) -> list[float]:
+        """The largest of each value over all processes."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: tuple[float, ...], op: dist.ReduceOp.RedOpType) -> list[float]:
+        if self.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, op, group=self.control)
+        return [float(value) for value in tensor]
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """Each process's bytes in order of rank, on every process. Plain bytes: nothing is pickled between ranks."""
+        if self.world_size == 1:
+            return [data]
+        (longest,) = self.max(len(data))
+        padded = torch.zeros(8 + int(longest), dtype=torch.uint8)
+        padded[:8] = torch.tensor(list(len(data).to_bytes(8, "little")), dtype=torch.uint8)
+        padded[8 : 8 + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(gathered, padded, group=self.control)
+        lengths = [int.from_bytes(bytes(each[:8].tolist()), "little") for each in gathered]
+        return [bytes(each[8 : 8 + length].tolist()) for each, length in zip(gathered, lengths)]
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.world_size > 1:
+            dist.barrier(group=self.control)
+
+
+def setup_distributed(device: str = "auto") -> Dist:
+    """Join the process group that torchrun describes, if any; gloo on a CPU, NCCL on GPUs.
+
+    Raises ValueError for a device that is not here.
+    """
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    chosen = choose_device(device, local_rank)
+    if world_size == 1:
+        return Dist(device=chosen)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    control = dist.new_group(backend="gloo", timeout=TIMEOUT) if chosen.type == "cuda" else dist.group.WORLD
+    return Dist(rank, local_rank, world_size, chosen, control)
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device for a name such as auto, cpu, cuda, cuda:1 or mps; `auto` takes the GPU of this local rank."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", local_rank)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {name}: no CUDA GPU is visible here; use --device cpu")
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--device {device}: only {torch.cuda.device_count()} GPUs are visible")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"--device {name}: no MPS device is available here; use --device cpu")
+    return device
+
+
+def close_distributed(here: Dist) -> None:
+    """Leave the process group."""
+    if here.world_size > 1 and dist.is_initialized():
+        dist.destroy_process_group()

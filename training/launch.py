@@ -1,0 +1,400 @@
+"""A run from settings to summary: `pretrain` and `finetune`, which the scripts, the search and the demo call."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from data.loader import Loader
+from data.manifest import resolve_data_dir
+from data.shards import TokenSet, open_dataset
+from data.templates import PromptTemplate, template_from_spec
+from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_spec
+from formats.checkpoint import write_durably
+from formats.open_model import build_model
+from model.config import PRESETS, padded_vocab, preset
+from model.gpt import GPT
+from training import rng
+from training.distributed import Dist, close_distributed, setup_distributed
+from training.loop import NonFiniteLoss, Trainer
+from training.metrics import Console, Wandb
+from training.optimizer import build_optimizers, load_optimizer_state
+from training.progress import Progress
+from training.recorder import Recorder
+from training.run_folder import RunFolder
+from training.run_settings import FinetuneSettings, RunSettings, TrainSettings
+from training.runtime import Runtime, choose_runtime
+from training.saver import Saver, describe
+from training.settings import is_explicit, to_dict, to_yaml
+from training.start import Start, check_preset, choose_start, with_checkpoint_settings, with_preset_defaults
+from training.step_plan import StepPlan, plan_steps
+from training.stop import StopRequest
+
+
+def pretrain(settings: TrainSettings) -> dict[str, Any]:
+    """Train a GPT from random weights on a folder of token shards; returns a summary.
+
+    Raises ValueError or OSError for what a user can mend.
+    """
+    return _run(settings)
+
+
+def finetune(settings: FinetuneSettings) -> dict[str, Any]:
+    """Tune a pretrained model on instruction shards (or a JSONL of records); returns a summary.
+
+    Raises ValueError or OSError for what a user can mend.
+    """
+    return _run(settings)
+
+
+def _run(settings: RunSettings) -> dict[str, Any]:
+    here = setup_distributed(settings.device)
+    console, folder = Console(here.is_main), RunFolder(settings.log_dir)
+    try:
+        with StopRequest() as stop:
+            if here.is_main:
+                folder.open()
+            here.barrier()
+            return _Run(with_preset_defaults(settings), here, console, folder, stop).run()
+    except NonFiniteLoss:
+        if here.is_main:
+            folder.write_status("failed")
+        raise
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"out of memory: {str(error).splitlines()[0]} Remedies, in this order: a smaller --batch_size "
+            "(accumulation makes up for it), --gradient_checkpointing, a smaller --block_size, a smaller --preset"
+        ) from None
+    finally:
+        console.close()
+        folder.close()
+        close_distributed(here)
+
+
+class _Run:
+    """Puts a run together, one concern a method, in the order in which they are called."""
+
+    def __init__(
+        self, settings: RunSettings, here: Dist, console: Console, folder: RunFolder, stop: StopRequest
+    ) -> None:
+        self.settings, self.here, self.console, self.folder, self.stop = settings, here, console, folder, stop
+        self.say = console.say
+
+    def run(self) -> dict[str, Any]:
+        start = choose_start(self.settings, self.folder, self.say)
+        if start.resumes and start.payload is not None:
+            assert start.path is not None
+            self.say(f"Resuming from {describe(start.path, start.payload)}; settings not given here come from it")
+            self.settings = with_checkpoint_settings(self.settings, start.payload.get("settings", {}), self.say)
+        train_set, val_set = self._open_data(start)
+        model = self._network(start, train_set)
+        plan, loader = self._plan(train_set, model)
+        progress = self._progress(start, loader)
+        self._claim_folder(start, progress)
+        runtime = self._runtime()
+        model.to(here := self.here.device)
+        optimizers = self._optimizers(model, start)
+        scaler = torch.amp.GradScaler(here.type, enabled=runtime.dtype is torch.float16)
+        if start.resumes and start.payload and start.payload["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(start.payload["scaler"])
+        about = self._about(model)
+        saver = Saver(
+            self.folder,
+            self.here,
+            model,
+            optimizers,
+            scaler,
+            self.settings.keep_last_n_checkpoints,
+            self.console,
+            about,
+        )
+        if start.resumes and start.path is not None and start.path.parent == self.folder.path:
+            saver.saved_step = progress.step
+        wandb = self._wandb(progress)
+        recorder = Recorder(self.settings, plan, self.folder, self.console, self.tokenizer, self.template, wandb)
+        recorder.resume_after(progress)
+        trainer = Trainer(
+            self.settings, plan, self.here, runtime, model, optimizers, scaler, loader, val_set,
+            progress, saver, recorder, self.console, self.stop,
+        )  # fmt: skip
+        try:
+            self._introduce(plan, loader, model, runtime, val_set)
+            if progress.step >= plan.max_steps - 1 and progress.finished_step:
+                self.say(f"Nothing to do: step {progress.step} is the last of {plan.max_steps}. More: --max_steps N.")
+                return self._summary(plan, progress, finished=True)
+            self._check_forward(trainer, loader, progress)
+            self._restore_rng(start, progress)
+            finished = trainer.run()
+        finally:
+            recorder.close()
+            loader.close()
+        return self._finish(plan, progress, finished)
+
+    # -- what the run is made of -------------------------------------------------------------------------------------
+
+    def _open_data(self, start: Start) -> tuple[TokenSet, TokenSet | None]:
+        """Both splits, checked; and the run's tokenizer and template. Raises ValueError where model and data differ."""
+        spec = start.payload.get("tokenizer") if start.payload is not None else None
+        folder = self._data_folder(spec)
+        verify: Literal["full", "size"] = "full" if self.here.local_rank == 0 else "size"  # once a machine
+        train_set = open_dataset(folder, "train", verify=verify)
+        has_val = train_set.meta["splits"].get("val", {}).get("tokens", 0) > 1
+        val_set = open_dataset(folder, "val", verify=verify) if has_val else None
+        self.tokenizer: Tokenizer = load_tokenizer(str(folder)) if spec is None else tokenizer_from_spec(spec)
+        if self.tokenizer.fingerprint != train_set.tokenizer_fingerprint:
+            raise ValueError(
+                f"{folder} was tokenized with {train_set.meta['tokenizer'].get('kind')} ({train_set.vocab_size} ids, "
+                f"{train_set.tokenizer_fingerprint[:8]}), {start.path} speaks {self.tokenizer.kind} "
+                f"({self.tokenizer.vocab_size} ids, {self.tokenizer.fingerprint[:8]}): prepare the data again with "
+                f"--tokenizer {start.path}"
+            )
+        template = train_set.meta.get("template") or (start.payload or {}).get("template")
+        self.template: PromptTemplate | None = template_from_spec(template)
+        return train_set, val_set
+
+    def _data_folder(self, tokenizer_spec: dict[str, Any] | None) -> Path:
+        """The folder of shards; a file of records is prepared into a cache beside it first, by rank 0."""
+        settings = self.settings
+        if not (isinstance(settings, FinetuneSettings) and settings.data_dir.endswith((".jsonl", ".json"))):
+            return resolve_data_dir(settings.data_dir)
+        from data.cache import prepare_records_cache
+
+        tokenizer = load_tokenizer("gpt2") if tokenizer_spec is None else tokenizer_from_spec(tokenizer_spec)
+        if self.here.is_main:
+            prepare_records_cache(settings.data_dir, settings.prompt_template, tokenizer)
+        self.here.barrier()
+        return prepare_records_cache(settings.data_dir, settings.prompt_template, tokenizer)
+
+    def _network(self, start: Start, train_set: TokenSet) -> GPT:
+        """The network with the run's weights, on the CPU."""
+        settings = self.settings
+        if start.payload is None:
+            check_preset(settings.preset, list(PRESETS))
+            torch.manual_seed(settings.seed)
+            model = GPT(self._preset_config(train_set))
+        else:
+            assert start.path is not None
+            model = build_model(start.payload, start.path, dropout=settings.dropout)
+            if model.config.vocab_size != train_set.vocab_size:
+                raise ValueError(
+                    f"{start.path} has a vocabulary of {model.config.vocab_size}, the data set {settings.data_dir} "
+                    f"one of {train_set.vocab_size}: prepare the data again with --tokenizer {start.path}"
+                )
+            if start.resumes and not isinstance(settings, FinetuneSettings):
+                self._check_same_shape(model, train_set, start)
+        model.gradient_checkpointing = settings.gradient_checkpointing
+        return model
+
+    def _preset_config(self, train_set: TokenSet) -> Any:
+        vocab = train_set.vocab_size
+        sizes = {"vocab_size": vocab, "padded_vocab_size": padded_vocab(vocab)}
+        return preset(self.settings.preset, **sizes, block_size=self.settings.block_size, dropout=self.settings.dropout)
+
+    def _check_same_shape(self, model: GPT, train_set: TokenSet, start: Start) -> None:
+        """A resumed pretraining keeps its network: another --preset or --block_size is an error with both sides."""
+        saved, asked = model.config.to_dict(), self._preset_config(train_set).to_dict()
+        differing = [f"{key} {saved[key]} -> {asked[key]}" for key in saved if saved[key] != asked[key]]
+        if differing:
+            raise ValueError(
+                f"{start.path} holds another network than --preset {self.settings.preset} asks for: "
+                f"{', '.join(differing)}: resume with the settings it was trained with, or use another --log_dir"
+            )
+
+    def _plan(self, train_set: TokenSet, model: GPT) -> tuple[StepPlan, Loader]:
+        """The data loader of this process, and the steps that follow from its windows."""
+        settings, limit = self.settings, model.config.block_size
+        block_size = settings.block_size
+        if block_size > limit:
+            if is_explicit(settings, "block_size"):
+                raise ValueError(f"--block_size {block_size}: the model's context is {limit} tokens")
+            self.say(f"block_size {limit}: the model's context")
+            block_size = limit
+        if settings.batch_size < 1 or block_size < 1:
+            raise ValueError(f"--batch_size {settings.batch_size} --block_size {block_size}: expected at least 1")
+        loader = Loader(
+            train_set,
+            batch_size=settings.batch_size,
+            block_size=block_size,
+            seed=settings.seed,
+            rank=self.here.rank,
+            world_size=self.here.world_size,
+            packing=settings.packing,
+            max_samples=settings.max_samples,
+        )
+        return plan_steps(settings, block_size, loader.windows_per_epoch, self.here.world_size), loader
+
+    def _progress(self, start: Start, loader: Loader) -> Progress:
+        """What the run remembers; the loader stands where the checkpoint left it."""
+        if not start.resumes or start.payload is None:
+            return Progress()
+        loader.load_state(start.payload["train_loader_state"])
+        return Progress.from_dict(start.payload["progress"])
+
+    def _claim_folder(self, start: Start, progress: Progress) -> None:
+        """Nothing of an earlier run is overwritten: what is in the way moves into earlier-NNN/. Then the log opens."""
+        self.here.barrier()  # every rank has read its checkpoint
+        if self.here.is_main:
+            continues = (
+                start.resumes and start.path is not None and start.path.parent.resolve() == self.folder.path.resolve()
+            )
+            self.folder.set_aside(progress.step if continues else None, self.say)
+            self.console.open_log(self.folder.path / "training.log")
+            text = to_yaml(self.settings).encode()
+            write_durably(self.folder.path / "config.yaml", lambda file: file.writelines([text]))
+            self.folder.write_status("running", step=progress.step)
+
+    def _runtime(self) -> Runtime:
+        settings = self.settings
+        return choose_runtime(self.here.device, settings.dtype, settings.compile, settings.matmul_precision)
+
+    def _optimizers(self, model: GPT, start: Start) -> dict[str, torch.optim.Optimizer]:
+        settings = self.settings
+        optimizers = build_optimizers(
+            model,
+            settings.optimizer,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=self.here.device.type in ("cpu", "cuda"),
+        )
+        if start.resumes and start.payload is not None:
+            load_optimizer_state(model, optimizers, start.payload["optimizer"])
+        return optimizers
+
+    def _about(self, model: GPT) -> dict[str, Any]:
+        return {
+            "config": model.config.to_dict(),
+            "tokenizer": self.tokenizer.spec(),
+            "template": self.template.spec() if self.template is not None else None,
+            "settings": to_dict(self.settings),
+        }
+
+    def _wandb(self, progress: Progress) -> Wandb | None:
+        if not (self.settings.wandb and self.here.is_main):
+            return None
+        wandb = Wandb(self.settings.wandb_project, to_dict(self.settings), self.folder.path, progress.wandb_id)
+        progress.wandb_id = wandb.run_id
+        return wandb
+
+    def _restore_rng(self, start: Start, progress: Progress) -> None:
+        """The saved random states, one a process; with another number of processes each derives a new one."""
+        saved = start.payload["rng"] if start.resumes and start.payload is not None else None
+        if saved is not None and len(saved) == self.here.world_size:
+            rng.set_rng_state(saved[self.here.rank])
+            return
+        if saved is not None:
+            self.say(
+                f"{len(saved)} processes wrote the checkpoint, {self.here.world_size} run now: dropout is re-seeded"
+            )
+        rng.seed_everything(rng.derived_seed(self.settings.seed, progress.step + 1, self.here.rank))
+
+    # -- what it says ------------------------------------------------------------------------------------------------
+
+    def _introduce(
+        self, plan: StepPlan, loader: Loader, model: GPT, runtime: Runtime, val_set: TokenSet | None
+    ) -> None:
+        """The summary at the start: what runs, on what, how long."""
+        settings, say = self.settings, self.say
+        tuning = isinstance(settings, FinetuneSettings)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = model.num_params()
+        say(f"{'Fine-tuning' if tuning else 'Pretraining'} configuration:")
+        rows = {
+            "Mode": "full fine-tuning" if tuning else f"from scratch, preset {settings.preset}",
+            "Data": loader.describe(),
+            "Learning rate": f"{settings.max_lr:g}",
+            "Epochs": f"{plan.epochs:.3g}",
+            "Samples": f"{plan.windows_per_epoch:,} windows an epoch",
+            "Batch size": f"{plan.micro_batch} x {plan.world_size} processes",
+            "Gradient accumulation steps": plan.grad_accum,
+            "Effective batch size": f"{plan.windows_per_step} windows = {plan.tokens_per_step:,} tokens",
+            "Sequence length": plan.block_size,
+            "Gradient clipping": settings.max_grad_norm or "off",
+            "Weight decay": settings.weight_decay,
+            "LR schedule": f"{settings.lr_schedule}, down to {settings.min_lr_ratio:g} of the peak",
+            "Warm-up steps": plan.warmup_steps,
+            "Optimizer": settings.optimizer,
+            "Dropout": settings.dropout,
+            "Device": f"{self.here.device}; " + "; ".join(runtime.reasons),
+        }
+        for name, value in rows.items():
+            say(f"  {name}: {value}")
+        say(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+        if settings.epochs is not None:
+            tokens = plan.max_steps * plan.tokens_per_step
+            say(f"--epochs {settings.epochs:g} = {plan.max_steps} steps = {tokens:,} tokens")
+        if plan.steps_per_epoch < 1:
+            say(f"Note: one step covers {1 / plan.steps_per_epoch:.1f} epochs of this data; lower --total_batch_size")
+        if val_set is None:
+            say(
+                "Note: the data set has no validation split: nothing is evaluated (prepare_data.py --val_fraction 0.05)"
+            )
+        say("***** Running training *****")
+        say(f"  Num examples = {plan.windows_per_epoch}")
+        say(f"  Num Epochs = {plan.epochs:.3g}")
+        say(f"  Total optimization steps = {plan.max_steps}")
+
+    def _check_forward(self, trainer: Trainer, loader: Loader, progress: Progress) -> None:
+        """One batch forward before any training, and the validation loss of the weights as they come."""
+        state = loader.state()
+        batch = loader.next_batch().to(self.here.device)
+        loader.load_state(state)
+        model = trainer.model
+        with torch.no_grad(), trainer.runtime.autocast():
+            model.eval()
+            loss = model(batch.inputs, batch.targets, positions=batch.positions, doc_ids=batch.doc_ids)
+            model.train()
+        mean = float(loss) / max(1, batch.supervised)
+        if not math.isfinite(mean):
+            raise ValueError(f"the first batch gives a loss of {mean}: the weights are damaged, or dtype is too narrow")
+        self.say(f"Checked one batch forward: loss {mean:.4f} over {batch.supervised:,} supervised tokens")
+        if progress.step < 0 and trainer.val_set is not None:
+            validation = trainer.evaluate()
+            if validation is not None:
+                progress.val_loss_before = validation.loss
+                trainer.recorder.validation(progress, validation, improved=False)
+
+    def _finish(self, plan: StepPlan, progress: Progress, finished: bool) -> dict[str, Any]:
+        """The curves, the status, the last words."""
+        summary = self._summary(plan, progress, finished)
+        if not self.here.is_main:
+            return summary
+        self.folder.write_status("finished" if finished else "stopped", step=progress.step)
+        if finished:
+            from report.curves import plot_curves
+
+            self.say(f"Finished {plan.max_steps} steps: {_outcome(progress)}")
+            self.say(f"Checkpoint: {summary['checkpoint']}")
+            self.say(f"Curves: {plot_curves(self.folder.path)}")
+        return summary
+
+    def _summary(self, plan: StepPlan, progress: Progress, finished: bool) -> dict[str, Any]:
+        return {
+            "finished": finished,
+            "step": progress.step,
+            "max_steps": plan.max_steps,
+            "loss": progress.last_record.get("loss"),
+            "val_loss": progress.val_loss,
+            "val_loss_before": progress.val_loss_before,
+            "best_val_loss": progress.best_val_loss,
+            "best_step": progress.best_step,
+            "checkpoint": str(self.folder.checkpoint_path(progress.step)),
+            "log_dir": str(self.folder.path),
+        }
+
+
+def _outcome(progress: Progress) -> str:
+    """How the losses ended, in words."""
+    parts = [f"training loss {progress.last_record['loss']:.4f}"]
+    if progress.val_loss is not None:
+        parts.append(
+            f"validation loss {progress.val_loss:.4f} (perplexity {math.exp(min(progress.val_loss, 700)):.2f})"
+        )
+    if progress.val_loss_before is not None:
+        parts.append(f"before {progress.val_loss_before:.4f}")
+    if progress.best_step is not None:
+        parts.append(f"best {progress.best_val_loss:.4f} at step {progress.best_step}")
+    return ", ".join(parts)

@@ -1,0 +1,268 @@
+"""The loop: learning rate, micro-steps, clip, finite check, step, log; then evaluate, sample and save when due."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data.loader import Batch, Loader, eval_batches
+from data.shards import TokenSet
+from evaluation.perplexity import mean_loss
+from model.gpt import GPT
+from training.distributed import Dist
+from training.metrics import Console
+from training.optimizer import set_learning_rate
+from training.progress import Progress, Validation
+from training.recorder import Recorder
+from training.rng import rng_state
+from training.run_settings import RunSettings
+from training.runtime import Runtime, peak_memory_mb, synchronize
+from training.saver import Saver
+from training.step_plan import StepPlan
+from training.stop import StopRequest
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+class NonFiniteLoss(ValueError):
+    """A loss or gradient that is not finite stopped the run."""
+
+
+@dataclass
+class Step:
+    """What one optimizer step did, over all processes."""
+
+    loss_sum: float
+    supervised: int
+    grad_norm: float
+    lr: float
+    seconds: float
+    taken: bool = True
+
+    @property
+    def loss(self) -> float:
+        """Mean over supervised tokens, nats."""
+        return self.loss_sum / max(1, self.supervised)
+
+
+class Trainer:
+    """One run from its first step here to its last, or to the signal that stops it."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        plan: StepPlan,
+        here: Dist,
+        runtime: Runtime,
+        model: GPT,
+        optimizers: dict[str, torch.optim.Optimizer],
+        scaler: torch.amp.GradScaler,
+        loader: Loader,
+        val_set: TokenSet | None,
+        progress: Progress,
+        saver: Saver,
+        recorder: Recorder,
+        console: Console,
+        stop: StopRequest,
+    ) -> None:
+        self.settings, self.plan, self.here, self.runtime = settings, plan, here, runtime
+        self.model, self.optimizers, self.scaler = model, optimizers, scaler
+        self.loader, self.val_set = loader, val_set
+        self.progress, self.saver, self.recorder = progress, saver, recorder
+        self.console, self.stop = console, stop
+        if runtime.compile:
+            model.compile()  # in place: parameter names stay as they are
+        self.network: nn.Module = model
+        if here.world_size > 1:
+            ids = [here.device.index] if here.device.type == "cuda" else None
+            self.network = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    def run(self) -> bool:
+        """Train to the last step; True when it got there, False when a signal stopped it (all is saved then)."""
+        progress, plan = self.progress, self.plan
+        self.model.train()
+        self.saver.remember(progress, self.loader.state(), rng_state())
+        if not progress.finished_step and not self._finish_step():
+            return False
+        self.console.start_bar(plan.max_steps, progress.step + 1)
+        for step in range(progress.step + 1, plan.max_steps):
+            done = self._step(step)
+            if done is None:
+                return self._stopped()
+            if not done.taken:
+                self._refuse(step, done)
+            self._count(step, done)
+            self.saver.remember(progress, self.loader.state(), rng_state())
+            if not self._finish_step():
+                return False
+        return True
+
+    def _step(self, step: int) -> Step | None:
+        """One optimizer step on the global batch; None when a stop was asked for between micro-batches."""
+        started = time.perf_counter()
+        here, model = self.here, self.model
+        lr = self.plan.schedule(step)
+        set_learning_rate(self.optimizers, lr)
+        batches = [self.loader.next_batch() for _ in range(self.plan.grad_accum)]
+        (supervised,) = here.sum(sum(batch.supervised for batch in batches))
+        losses = []
+        for number, batch in enumerate(batches):
+            if self._should_stop():
+                self._drop_gradients()
+                return None
+            losses.append(self._micro_step(batch, supervised, last=number == len(batches) - 1))
+        for optimizer in self.optimizers.values():
+            self.scaler.unscale_(optimizer)
+        clip = self.settings.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else math.inf)
+        (loss_sum,) = here.sum(sum(float(loss) for loss in losses))  # on a GPU the host waits here, once a step
+        (broken,) = here.max(float(not math.isfinite(loss_sum) or not self._usable(norm)))
+        if not broken:
+            for optimizer in self.optimizers.values():
+                self.scaler.step(optimizer)
+            self.scaler.update()
+        self._drop_gradients()
+        synchronize(here.device)
+        self._suspects = [sample for batch in batches for sample in batch.samples]
+        seconds = time.perf_counter() - started
+        return Step(loss_sum, int(supervised), float(norm), lr, seconds, taken=not broken)
+
+    def _micro_step(self, batch: Batch, supervised: float, last: bool) -> torch.Tensor:
+        """Forward and backward of one micro-batch; returns its summed loss.
+
+        The gradient is that of (sum over supervised tokens) / (supervised tokens of the whole global step), whatever
+        the split: DDP averages over processes, hence the factor. Gradients travel once, with the last micro-batch.
+        """
+        if isinstance(self.network, DistributedDataParallel):
+            self.network.require_backward_grad_sync = last
+        batch = batch.to(self.here.device)
+        with self.runtime.autocast():
+            loss = self.network(batch.inputs, batch.targets, positions=batch.positions, doc_ids=batch.doc_ids)
+        self.scaler.scale(loss * (self.here.world_size / max(1.0, supervised))).backward()
+        return loss.detach()
+
+    def _usable(self, norm: torch.Tensor) -> bool:
+        """A gradient norm that is not finite spoils the weights; under fp16 the scaler skips such steps by itself."""
+        return self.scaler.is_enabled() or bool(torch.isfinite(norm))
+
+    def _drop_gradients(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+    def _should_stop(self) -> bool:
+        """Whether any process was asked to stop: all of them must leave at the same micro-batch."""
+        (wish,) = self.here.max(float(self.stop.requested))
+        return wish > 0
+
+    def _refuse(self, step: int, done: Step) -> None:
+        """No process took the step: stop the run, or count it as skipped."""
+        progress = self.progress
+        samples = f"{min(self._suspects)}..{max(self._suspects)}" if self._suspects else "none"
+        what = f"loss {done.loss:.4g}" if not math.isfinite(done.loss_sum) else f"gradient norm {done.grad_norm:.4g}"
+        text = (
+            f"Step {step}: {what} is not finite; no process took the step. Data: global samples {samples} of "
+            f"{self.loader.describe()}."
+        )
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        if self.settings.on_nonfinite == "skip" and progress.skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
+            self.console.say(text + " Skipped.")
+            return
+        self.saver.save_remembered("the last completed step")
+        raise NonFiniteLoss(text + " Try a lower --max_lr, --max_grad_norm 0.5, or --on_nonfinite skip.")
+
+    def _count(self, step: int, done: Step) -> None:
+        """Enter the step just done into the run's progress, its log line included."""
+        progress, plan = self.progress, self.plan
+        progress.step, progress.finished_step = step, False
+        progress.add(*((done.loss_sum, done.supervised) if done.taken else (0.0, 0)), plan.tokens_per_step)
+        if done.taken:
+            progress.skipped_in_a_row = 0
+        progress.last_record = {
+            "step": step,
+            "loss": done.loss,
+            "lr": done.lr,
+            "grad_norm": done.grad_norm,
+            "tokens": progress.tokens,
+            "supervised_tokens": done.supervised,
+            "epoch": (step + 1) / plan.steps_per_epoch,
+            "s_per_step": round(done.seconds, 4),
+            "tokens_per_s": round(plan.tokens_per_step / done.seconds, 1),
+            "memory_mb": round(peak_memory_mb(self.here.device), 1),
+            **({} if done.taken else {"skipped": True}),
+            **({"val_loss_before": progress.val_loss_before} if step == 0 else {}),
+        }
+
+    def _finish_step(self) -> bool:
+        """Evaluate, sample, log and save what is due after the last step; False when a signal came first.
+
+        Interrupted in the middle, it is done over after the resume, from the state at the end of the step.
+        """
+        progress, plan, step = self.progress, self.plan, self.progress.step
+        record = dict(progress.last_record)
+        evaluates = self.val_set is not None and plan.due(plan.eval_every, step)
+        if evaluates:
+            validation = self.evaluate()
+            if validation is None:
+                return self._stopped()
+            record["val_loss"] = validation.loss
+            self._see_validation(validation)
+        samples = plan.generate_every > 0 and plan.due(plan.generate_every, step)
+        if samples:
+            self.recorder.sample(step, self.model, self.stop)
+            if self._should_stop():
+                return self._stopped()
+        progress.finished_step = True
+        if evaluates or samples or step == 0 or plan.due(plan.log_every, step):
+            self.recorder.log(record)
+        self.recorder.step_done(record, progress)
+        self.saver.remember(progress, self.loader.state(), rng_state())
+        if plan.due(plan.checkpoint_every, step):
+            self.recorder.flush_to_disk()
+            self.saver.save(required=plan.is_last(step))
+        return True
+
+    def evaluate(self) -> Validation | None:
+        """Mean validation loss over supervised tokens and all processes; None when a stop was asked for meanwhile."""
+        assert self.val_set is not None
+        batches = eval_batches(
+            self.val_set,
+            batch_size=self.settings.eval_batch_size or self.settings.batch_size,
+            block_size=self.plan.block_size,
+            max_windows=self.settings.max_eval_samples or None,
+            rank=self.here.rank,
+            world_size=self.here.world_size,
+            packing=self.settings.packing,
+        )
+        seen: list[int] = []
+
+        def until_stopped() -> Iterator[Batch]:
+            for batch in takewhile(lambda _: not self.stop.requested, batches):
+                seen.extend(batch.samples)
+                yield batch
+
+        with self.runtime.autocast():
+            loss_sum, tokens = mean_loss(self.model, until_stopped())
+        loss_sum, total, windows = self.here.sum(loss_sum, tokens, len(seen))
+        return None if self._should_stop() else Validation(loss_sum / max(1.0, total), int(windows))
+
+    def _see_validation(self, validation: Validation) -> None:
+        """Keep the best, warn of over-fitting."""
+        improved, overfits = self.progress.see_validation(validation.loss)
+        self.recorder.validation(self.progress, validation, improved)
+        if overfits:
+            self.progress.overfitting_warned = True
+            self.console.say("Warning: Overfitting detected (validation loss above its best, training loss falling)")
+        if improved:
+            self.saver.save_best(validation.loss)
+
+    def _stopped(self) -> bool:
+        """A signal: save the last completed step as it was at its end, and leave."""
+        self.saver.save_remembered(self.stop.name)
+        return False

@@ -1,0 +1,154 @@
+"""What a run leaves to read: metrics.jsonl (the record), samples.jsonl, training.log; Weights & Biases when asked."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+from formats.checkpoint import write_durably
+
+
+class Console:
+    """The terminal of rank 0, mirrored to training.log, with a progress bar while training."""
+
+    def __init__(self, active: bool) -> None:
+        self.active = active
+        self._log: IO[str] | None = None
+        self._early: list[str] = []
+        self._bar: Any = None
+
+    def open_log(self, path: Path) -> None:
+        """Mirror to `path` from now on, what was said before included."""
+        if self.active:
+            self._log = open(path, "a", encoding="utf-8")  # noqa: SIM115 -- closed with the run
+            for text in self._early:
+                self._write(text)
+            self._early.clear()
+
+    def say(self, text: str = "") -> None:
+        """Print on rank 0 and keep it in training.log."""
+        if not self.active:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        else:
+            print(text, flush=True)
+        self._write(text)
+
+    def note(self, text: str) -> None:
+        """Only training.log, for lines that the progress bar shows already."""
+        if self.active:
+            self._write(text)
+
+    def _write(self, text: str) -> None:
+        if self._log is None:
+            self._early.append(text)
+        else:
+            self._log.write(text + "\n")
+            self._log.flush()
+
+    def start_bar(self, total: int, done: int) -> None:
+        """Show a bar with ETA where the terminal can; elsewhere lines tell the same."""
+        if self.active and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+    @property
+    def has_bar(self) -> bool:
+        return self._bar is not None
+
+    def advance(self, shown: dict[str, str]) -> None:
+        """One step further."""
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(1)
+
+    def close(self) -> None:
+        """Take the bar away and close the log."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+
+class JsonLines:
+    """A file of one JSON object a line. Each line is one write, so that a kill leaves no torn line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[bytes] | None = None
+
+    def cut_after(self, step: int) -> None:
+        """Keep the lines up to `step` (each step once), atomically; a torn last line of a power cut goes too."""
+        if not self.path.exists():
+            return
+        kept: list[bytes] = []
+        for line in self.path.read_bytes().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step:
+                kept.append(line + b"\n")
+        write_durably(self.path, lambda file: file.writelines(kept))
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record; NaN and infinity become null, which JSON can hold."""
+        if self._file is None:
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 -- closed with the run
+        plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
+        self._file.write(json.dumps(plain, ensure_ascii=False).encode("utf-8") + b"\n")
+
+    def flush_to_disk(self) -> None:
+        """So that no checkpoint is ever ahead of the record."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class Wandb:
+    """Weights & Biases, imported only when asked for. metrics.jsonl stays the record."""
+
+    def __init__(self, project: str, config: dict[str, Any], folder: Path, run_id: str | None) -> None:
+        """Raises ValueError where no API key is set: its own prompt would hang a job without a terminal."""
+        import wandb
+
+        mode = os.environ.get("WANDB_MODE", "online")
+        if mode == "online" and not wandb.setup().settings.api_key and not _has_login():
+            raise ValueError(
+                "--wandb: no API key: set WANDB_API_KEY or run `wandb login`, or set WANDB_MODE=offline to log without"
+            )
+        # The id is kept in checkpoints, so that a resumed run goes on in the same place.
+        self.run = wandb.init(
+            project=project, config=config, dir=str(folder), id=run_id, resume="allow", name=folder.name
+        )
+        self.run_id: str = self.run.id
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.run.log({key: value for key, value in record.items() if key != "step"}, step=record["step"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _has_login() -> bool:
+    """Whether `wandb login` was run: it leaves a machine entry in the netrc file."""
+    import netrc
+
+    try:
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return any("wandb" in host for host in hosts)

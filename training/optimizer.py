@@ -1,0 +1,86 @@
+"""Optimizers and their state under parameter names.
+
+The state is {optimizer name: {parameter name: state}}, never by index: freezing, unfreezing and another split between
+Muon and AdamW must not shift it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+State = dict[str, dict[str, dict[str, Any]]]
+
+
+def build_optimizers(
+    model: nn.Module, kind: str, *, betas: tuple[float, float], eps: float, weight_decay: float, fused: bool
+) -> dict[str, torch.optim.Optimizer]:
+    """AdamW on everything, or Muon on the blocks' matrices and AdamW on the rest; learning rates are set each step.
+
+    Weight decay acts on matrices only: biases and norm gains have too few numbers to over-fit and losing scale hurts.
+    Muon (Jordan 2024) orthogonalises each update; `match_rms_adamw` (Liu et al. 2025, arXiv:2502.16982) scales it so
+    that AdamW's learning rates and decay carry over.
+    """
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not named:
+        raise ValueError("no parameter is trainable: unfreeze some")
+    hidden = {n: p for n, p in named.items() if kind == "muon" and n.startswith("h.") and p.ndim == 2}
+    rest = {n: p for n, p in named.items() if n not in hidden}
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    if rest:
+        groups = [
+            {"params": [p for p in rest.values() if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in rest.values() if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        # One fused kernel per step in place of a dozen per tensor: 3-4x on a CPU.
+        optimizers["adamw"] = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=fused)
+    if hidden:
+        optimizers["muon"] = torch.optim.Muon(
+            list(hidden.values()), lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+    return optimizers
+
+
+def set_learning_rate(optimizers: dict[str, torch.optim.Optimizer], lr: float) -> None:
+    """The same learning rate for every group."""
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+
+def optimizer_state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> State:
+    """The live state under parameter names (not copied)."""
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        kind: {names[parameter]: dict(state) for parameter, state in optimizer.state.items()}
+        for kind, optimizer in optimizers.items()
+    }
+
+
+def load_optimizer_state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], saved: State) -> None:
+    """Copy a saved state into fresh optimizers.
+
+    Raises ValueError when it belongs to another optimizer or lacks a parameter that is trained here.
+    """
+    if set(saved) != set(optimizers):
+        raise ValueError(
+            f"the checkpoint holds the state of {'+'.join(sorted(saved)) or 'no optimizer'}, this run uses "
+            f"{'+'.join(sorted(optimizers))}: pass the same --optimizer"
+        )
+    parameters = dict(model.named_parameters())
+    for kind, optimizer in optimizers.items():
+        own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        for name, parameter in parameters.items():
+            if parameter not in own:
+                continue
+            if name not in saved[kind]:
+                raise ValueError(f"the checkpoint's {kind} state lacks the parameter {name}")
+            optimizer.state[parameter] = {key: _place(value, parameter) for key, value in saved[kind][name].items()}
+
+
+def _place(value: Any, parameter: nn.Parameter) -> Any:
+    """A copy of one state value on the parameter's device (the mapped file must not be written to)."""
+    return value.to(parameter.device, copy=True) if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,82 @@
+"""What a run knows about itself besides weights and optimizer; saved with each checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Validation:
+    """An evaluation over all processes: mean loss per supervised token (nats), and the number of windows."""
+
+    loss: float
+    windows: int
+
+
+@dataclass
+class Progress:
+    """Plain numbers only. Losses are sums in nats and counts of supervised tokens, so that means never drift."""
+
+    step: int = -1  # index of the last completed update
+    finished_step: bool = True  # its evaluation, samples and log line are done too
+    val_loss: float | None = None
+    val_loss_before: float | None = None  # of the weights the run started from
+    best_val_loss: float | None = None
+    best_step: int | None = None
+    previous_train_loss: float | None = None  # mean between the two evaluations before the last
+    since_eval_loss: float = 0.0
+    since_eval_tokens: int = 0
+    epoch_loss: float = 0.0
+    epoch_tokens: int = 0
+    tokens: int = 0  # token slots seen
+    skipped: int = 0  # steps not taken because something was not finite
+    skipped_in_a_row: int = 0
+    overfitting_warned: bool = False
+    wandb_id: str | None = None
+    last_record: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def add(self, loss_sum: float, supervised: int, tokens: int) -> None:
+        """Count one step."""
+        self.since_eval_loss += loss_sum
+        self.since_eval_tokens += supervised
+        self.epoch_loss += loss_sum
+        self.epoch_tokens += supervised
+        self.tokens += tokens
+
+    def see_validation(self, val_loss: float) -> tuple[bool, bool]:
+        """Take in an evaluation; returns (is it the best so far, does the run over-fit).
+
+        Over-fitting: the validation loss is above its best while the mean training loss went on falling since the
+        evaluation before.
+        """
+        train_loss = self.since_eval_loss / self.since_eval_tokens if self.since_eval_tokens else None
+        best = self.best_val_loss
+        overfits = (
+            best is not None
+            and val_loss > best
+            and train_loss is not None
+            and self.previous_train_loss is not None
+            and train_loss < self.previous_train_loss
+        )
+        if train_loss is not None:
+            self.previous_train_loss = train_loss
+        self.since_eval_loss, self.since_eval_tokens = 0.0, 0
+        self.val_loss = val_loss
+        improved = math.isfinite(val_loss) and (best is None or val_loss < best)
+        if improved:
+            self.best_val_loss, self.best_step = val_loss, self.step
+        return improved, overfits
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Progress:
+        """Raises ValueError for what an other version wrote and this one does not know."""
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"the checkpoint's progress is not usable: {error}") from None

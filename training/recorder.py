@@ -1,0 +1,137 @@
+"""What a run says and writes while it goes: step lines, evaluation blocks, samples, epochs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from data.templates import PromptTemplate, render_prompt
+from data.tokenizer import Tokenizer
+from model.generate import generate
+from model.gpt import GPT
+from training.metrics import Console, JsonLines, Wandb
+from training.progress import Progress, Validation
+from training.run_folder import RunFolder
+from training.run_settings import RunSettings
+from training.step_plan import StepPlan
+from training.stop import StopRequest
+
+
+class _Interrupted(Exception):
+    """A stop was asked for in the middle of a sample."""
+
+
+class Recorder:
+    """Writes on rank 0 and does nothing elsewhere."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        plan: StepPlan,
+        folder: RunFolder,
+        console: Console,
+        tokenizer: Tokenizer,
+        template: PromptTemplate | None,
+        wandb: Wandb | None,
+    ) -> None:
+        self.settings, self.plan, self.console = settings, plan, console
+        self.tokenizer, self.template, self.wandb = tokenizer, template, wandb
+        self.active = console.active
+        self.metrics = JsonLines(folder.path / "metrics.jsonl")
+        self.samples = JsonLines(folder.path / "samples.jsonl")
+
+    def resume_after(self, progress: Progress) -> None:
+        """Cut the records to the checkpoint: each step stands once, whatever was interrupted."""
+        if self.active:
+            last = progress.step if progress.finished_step else progress.step - 1
+            self.metrics.cut_after(last)
+            self.samples.cut_after(last)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One line in metrics.jsonl, on the terminal, and in wandb."""
+        if not self.active:
+            return
+        self.metrics.write(record)
+        line = (
+            f"Step {record['step']}/{self.plan.max_steps - 1} | Loss: {record['loss']:.4f} | LR: {record['lr']:.2e} | "
+            f"grad norm {record['grad_norm']:.2f} | {record['tokens_per_s']:,.0f} tok/s | "
+            f"{record['s_per_step']:.2f} s/step | peak {record['memory_mb']:,.0f} MB"
+        )
+        if self.console.has_bar:
+            self.console.note(line)  # the bar shows the same
+        else:
+            self.console.say(line)
+        if self.wandb is not None:
+            self.wandb.log(record)
+
+    def step_done(self, record: dict[str, Any], progress: Progress) -> None:
+        """Move the bar; every tenth of an epoch a line with the mean loss, and one at the epoch's end."""
+        self.console.advance(
+            {
+                "loss": f"{record['loss']:.3f}",
+                "lr": f"{record['lr']:.1e}",
+                "tok/s": f"{record['tokens_per_s']:,.0f}",
+                "s/step": f"{record['s_per_step']:.2f}",
+                "MB": f"{record['memory_mb']:,.0f}",
+            }
+        )
+        per_epoch = self.plan.steps_per_epoch
+        before, after = record["step"] / per_epoch, (record["step"] + 1) / per_epoch
+        mean = progress.epoch_loss / max(1, progress.epoch_tokens)
+        ends = math.floor(after + 1e-9) > math.floor(before + 1e-9)
+        tenth = math.floor(10 * after + 1e-9) % 10 or (10 if ends else 0)
+        if math.floor(10 * after + 1e-9) > math.floor(10 * before + 1e-9):
+            self.console.say(f"  Progress: {10 * tenth}% | mean loss: {mean:.4f} | LR: {record['lr']:.2e}")
+        if ends:
+            self.console.say(f"Epoch {math.floor(after + 1e-9)} done, mean loss: {mean:.4f}")
+            progress.epoch_loss, progress.epoch_tokens = 0.0, 0
+
+    def validation(self, progress: Progress, validation: Validation, improved: bool) -> None:
+        """The block that evaluation scripts print, and whether this is the best so far."""
+        self.console.say("***** Running evaluation *****")
+        self.console.say(f"  Num examples = {validation.windows}")
+        best = "the best so far" if improved else f"best {progress.best_val_loss:.4f} at step {progress.best_step}"
+        where = "before training" if progress.step < 0 else f"step {progress.step}, {best}"
+        self.console.say(f"Eval Loss: {validation.loss:.4f} ({where})")
+        self.console.say(f"Eval Perplexity: {math.exp(min(validation.loss, 700)):.3f}")
+
+    def sample(self, step: int, model: GPT, stop: StopRequest) -> None:
+        """Answers to the fixed prompts, with the same seed each time, so that only the weights differ."""
+        if not self.active:
+            return
+        prompts = [render_prompt(text, self.template, self.tokenizer) for text in self.settings.sample_prompts]
+
+        def check(row: int, token: int) -> None:
+            if stop.requested:
+                raise _Interrupted
+
+        model.eval()
+        try:
+            answers = generate(
+                model,
+                prompts,
+                max_new_tokens=self.settings.sample_tokens,
+                temperature=0.8,
+                top_k=50,
+                seed=self.settings.seed,
+                stop_ids=(self.tokenizer.eot_id,),
+                on_token=check,
+            )
+        except _Interrupted:
+            return
+        finally:
+            model.train()
+        for prompt, answer in zip(self.settings.sample_prompts, answers):
+            text = self.tokenizer.decode(answer)
+            self.samples.write({"step": step, "prompt": prompt, "text": text})
+            self.console.say(f"  Sample at step {step} | {prompt!r} -> {text!r}")
+
+    def flush_to_disk(self) -> None:
+        self.metrics.flush_to_disk()
+        self.samples.flush_to_disk()
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.samples.close()
+        if self.wandb is not None:
+            self.wandb.close()

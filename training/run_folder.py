@@ -1,0 +1,109 @@
+"""A run's folder: one run at a time, which checkpoints are in it, which are kept, what an earlier run left."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from formats.checkpoint import is_full, load_checkpoint, remove_temporaries, sync_folder, write_durably
+
+Say = Callable[[str], None]
+
+_CHECKPOINT = re.compile(r"^model_(\d{5,})\.pt$")
+_RUN_FILES = ("metrics.jsonl", "samples.jsonl", "training.log", "config.yaml", "curves.png", "best.pt", "status.json")
+
+
+class RunFolder:
+    """The folder of one run, locked while the run lives (rank 0 only; the kernel frees the lock of a dead process)."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock: IO[bytes] | None = None
+
+    def open(self) -> None:
+        """Make the folder and lock it. Raises ValueError if another run holds it, OSError if it cannot be written."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"--log_dir {self.path}: is a file, expected a folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "ab")  # noqa: SIM115 -- held open for the life of the run
+        try:
+            import fcntl
+
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows: no lock, the rest works
+            pass
+        except OSError:
+            self._lock.close()
+            raise ValueError(
+                f"--log_dir {self.path}: another run is writing here; wait for it or choose another"
+            ) from None
+        remove_temporaries(self.path)
+
+    def close(self) -> None:
+        """Let the next run in."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def checkpoint_path(self, step: int) -> Path:
+        """model_NNNNN.pt, NNNNN = the 0-based index of the last completed update."""
+        return self.path / f"model_{step:05d}.pt"
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, file) of every numbered checkpoint, newest first, whole or not."""
+        if not self.path.is_dir():
+            return []
+        found = [(int(match[1]), file) for file in self.path.iterdir() if (match := _CHECKPOINT.match(file.name))]
+        return sorted(found, reverse=True)
+
+    def newest_good(self, say: Say) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that is whole and holds the training state; each bad one is named with the reason."""
+        for _, file in self.checkpoints():
+            try:
+                payload = load_checkpoint(file, require_digest=True)
+            except (ValueError, OSError) as error:
+                say(f"Not used: {error}")
+                continue
+            if is_full(payload):
+                return file, payload
+            say(f"Not used: {file}: weights only, no training state to go on from")
+        return None
+
+    def prune(self, keep: int) -> None:
+        """Delete all but the `keep` newest numbered checkpoints (0 = keep all)."""
+        old = self.checkpoints()[keep:] if keep > 0 else []
+        for _, file in old:
+            file.unlink(missing_ok=True)
+        if old:
+            sync_folder(self.path)
+
+    def set_aside(self, after_step: int | None, say: Say) -> None:
+        """Move an earlier run's files out of the way: all of them, or only checkpoints later than `after_step`."""
+        files = [file for step, file in self.checkpoints() if after_step is None or step > after_step]
+        if after_step is None:
+            files += [self.path / name for name in _RUN_FILES if (self.path / name).exists()]
+        if not files:
+            return
+        number = 1
+        while (aside := self.path / f"earlier-{number:03d}").exists():
+            number += 1
+        aside.mkdir()
+        for file in files:
+            os.replace(file, aside / file.name)
+        what = "an earlier run" if after_step is None else f"checkpoints later than step {after_step}"
+        say(
+            f"{self.path} held {what}: moved to {aside} ({len(files)} files). --auto_resume goes on with a run instead."
+        )
+
+    def write_status(self, state: str, **more: Any) -> None:
+        """status.json tells a supervisor what the exit code cannot: running, finished, stopped or failed."""
+        data = json.dumps({"state": state, **more}).encode() + b"\n"
+        write_durably(self.path / "status.json", lambda file: _write_all(file, data))
+
+
+def _write_all(file: IO[bytes], data: bytes) -> None:
+    file.write(data)

@@ -1,0 +1,135 @@
+"""When a checkpoint is written, what goes into it, and what happens when that fails."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from formats.checkpoint import save_checkpoint
+from model.gpt import GPT
+from training import rng
+from training.distributed import Dist
+from training.metrics import Console
+from training.optimizer import optimizer_state
+from training.progress import Progress
+from training.run_folder import RunFolder
+
+
+class Saver:
+    """Writes the state at the end of the last completed step. Every rank calls it; rank 0 writes one file.
+
+    A stop can come in the middle of a step: weights and optimizer are still those of the step before, but random
+    states and the data cursor have moved on. So these are remembered at the end of each step.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        here: Dist,
+        model: GPT,
+        optimizers: dict[str, torch.optim.Optimizer],
+        scaler: torch.amp.GradScaler,
+        keep: int,
+        console: Console,
+        about: dict[str, Any],
+    ) -> None:
+        self.folder, self.here, self.keep, self.console = folder, here, keep, console
+        self.model, self.optimizers, self.scaler = model, optimizers, scaler
+        self.about = about  # config, tokenizer, template, settings: what does not change in a run
+        self.saved_step: int | None = None
+        self._progress = Progress()
+        self._loader_state: dict[str, Any] = {}
+        self._rng: dict[str, Any] = {}
+
+    def remember(self, progress: Progress, loader_state: dict[str, Any], rng_state: dict[str, Any]) -> None:
+        """Keep what moves within a step, as it is now."""
+        self._progress = Progress.from_dict(progress.to_dict())
+        self._loader_state, self._rng = loader_state, rng_state
+
+    def save(self, required: bool = False) -> None:
+        """Write model_NNNNN.pt, then prune the old ones. A failure is said and tried again later, unless `required`."""
+        step = self._progress.step
+        states = [rng.from_bytes(each) for each in self.here.gather_bytes(rng.to_bytes(self._rng))]
+        if not self.here.is_main:
+            self.saved_step = step
+            return
+        if not self._finite():
+            self.console.say(f"Step {step}: the weights are not finite; no checkpoint of them is kept.")
+            return
+        path = self.folder.checkpoint_path(step)
+        try:
+            size = save_checkpoint(path, self._payload(states))
+        except OSError as error:
+            if required:
+                raise
+            self.console.say(
+                f"Checkpoint not saved: {error}. The previous one is whole; trying again at the next interval."
+            )
+            return
+        self.saved_step = step
+        self.folder.prune(self.keep)
+        self.console.say(f"Saved {path} ({size / 1e6:.1f} MB)")
+
+    def save_remembered(self, reason: str) -> None:
+        """Before leaving early: save the last completed step, unless that is done or there is none."""
+        step = self._progress.step
+        if step < 0:
+            self.console.say(f"Stopped by {reason} before the first step was complete: nothing to save.")
+        elif self.saved_step == step:
+            self.console.say(f"Stopped by {reason} after step {step}, which is saved. --auto_resume goes on from here.")
+        else:
+            self.console.say(f"Stopped by {reason} after step {step}; saving it. --auto_resume goes on from here.")
+            self.save(required=True)
+
+    def save_best(self, val_loss: float) -> None:
+        """best.pt: the weights with the lowest validation loss so far, without training state (a third of the size)."""
+        if not self.here.is_main:
+            return
+        path = self.folder.path / "best.pt"
+        payload = {**self._weights(), "step": self._progress.step, "val_loss": val_loss}
+        try:
+            save_checkpoint(path, payload)
+        except OSError as error:
+            self.console.say(f"Best weights not saved: {error}")
+
+    def _finite(self) -> bool:
+        return all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
+
+    def _weights(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "versions": versions(), **self.about}
+
+    def _payload(self, rng_states: list[dict[str, Any]]) -> dict[str, Any]:
+        """A full checkpoint: everything that the next step depends on."""
+        return {
+            **self._weights(),
+            "optimizer": optimizer_state(self.model, self.optimizers),
+            "scaler": self.scaler.state_dict(),
+            "step": self._progress.step,
+            "val_loss": self._progress.val_loss,
+            "train_loader_state": self._loader_state,
+            "rng": rng_states,
+            "progress": self._progress.to_dict(),
+        }
+
+
+def versions() -> dict[str, Any]:
+    """What wrote a file; the number of threads too, since it changes the last bits of sums on a CPU."""
+    return {
+        "torch": str(torch.__version__),
+        "numpy": str(np.__version__),
+        "python": platform.python_version(),
+        "platform": sys.platform,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def describe(path: Path, payload: dict[str, Any]) -> str:
+    """One line about a loaded checkpoint."""
+    loss = payload.get("val_loss")
+    shown = "" if loss is None else f", validation loss {loss:.4f}"
+    return f"{path} (step {payload.get('step', '?')}{shown})"

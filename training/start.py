@@ -1,0 +1,122 @@
+"""Where a run starts: a checkpoint of its own, a pretrained model, or random weights, with a reason at each step."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from formats.checkpoint import has_digest, is_full, load_checkpoint
+from training.run_folder import RunFolder, Say
+from training.run_settings import PRESET_DEFAULTS, FinetuneSettings, RunSettings
+from training.settings import is_explicit, nearest, to_dict
+
+R = TypeVar("R", bound=RunSettings)
+
+# What a resumed run takes from its command line alone, never from the checkpoint's settings.
+_NOT_INHERITED = {"log_dir", "auto_resume", "resume", "checkpoint_path", "device", "wandb", "wandb_project"}
+
+
+@dataclass(frozen=True)
+class Start:
+    """The loaded file, if any, and whether the run goes on from its training state."""
+
+    path: Path | None = None
+    payload: dict[str, Any] | None = None
+    resumes: bool = False
+
+
+def choose_start(settings: RunSettings, folder: RunFolder, say: Say) -> Start:
+    """The run's own checkpoint where asked for, else the pretrained model, else random weights.
+
+    Raises ValueError or FileNotFoundError for a file that was named explicitly and is missing or damaged.
+    """
+    if settings.checkpoint_path is not None and not settings.resume:
+        raise ValueError("--checkpoint_path names what --resume goes on from: add --resume")
+    own = _own_checkpoint(settings, folder, say)
+    if own is not None:
+        return own
+    if isinstance(settings, FinetuneSettings):
+        return _pretrained(settings, say)
+    return Start()
+
+
+def _own_checkpoint(settings: RunSettings, folder: RunFolder, say: Say) -> Start | None:
+    if settings.resume and settings.checkpoint_path is not None:
+        path = Path(settings.checkpoint_path)
+        payload = load_checkpoint(path)
+        if is_full(payload):
+            return Start(path, payload, resumes=True)
+        say(f"{path}: weights only, no training state: the run starts at step 0 from these weights")
+        return Start(path, payload)
+    if not (settings.resume or settings.auto_resume):
+        return None
+    found = folder.newest_good(say)
+    if found is not None:
+        return Start(*found, resumes=True)
+    if settings.resume:
+        raise ValueError(
+            f"--resume: no usable checkpoint in {folder.path}: name one with --checkpoint_path, or drop --resume"
+        )
+    say(f"--auto_resume: no usable checkpoint in {folder.path}: starting anew")
+    return None
+
+
+def _pretrained(settings: FinetuneSettings, say: Say) -> Start:
+    path = Path(settings.pretrained_checkpoint)
+    try:
+        payload = load_checkpoint(path)
+    except (ValueError, OSError) as error:
+        if is_explicit(settings, "pretrained_checkpoint"):
+            raise
+        say(f"Default --pretrained_checkpoint not used: {error}")
+        say("!" * 100)
+        say("WARNING: no pretrained model: starting from RANDOM weights. This is training from scratch on little data.")
+        say("         Pretrain first (train_gpt2.py), or name a model with --pretrained_checkpoint FILE.")
+        say("!" * 100)
+        return Start()
+    if not has_digest(path):
+        say(f"{path}: carries no digest, so damage to it cannot be noticed")
+    return Start(path, payload)
+
+
+def with_preset_defaults(settings: R) -> R:
+    """The settings with what their preset changes in the defaults; what is explicit stays, and stays known as such."""
+    explicit = frozenset(name for name in to_dict(settings) if is_explicit(settings, name))
+    changes: dict[str, Any] = {}
+    if not isinstance(settings, FinetuneSettings):
+        defaults = PRESET_DEFAULTS.get(settings.preset, {})
+        changes = {name: value for name, value in defaults.items() if name not in explicit}
+    return _replace(settings, changes, explicit)
+
+
+def with_checkpoint_settings(settings: R, saved: dict[str, Any], say: Say) -> R:
+    """On resume: what is not given explicitly comes from the checkpoint's run; each difference is printed."""
+    explicit = frozenset(name for name in to_dict(settings) if is_explicit(settings, name))
+    now, changes = to_dict(settings), {}
+    # Two settings of one quantity: an explicit one of today silences the saved partner.
+    partners = {"epochs": "max_steps", "max_steps": "epochs", "warmup_ratio": "warmup_steps"}
+    partners |= {"warmup_steps": "warmup_ratio", "grad_accum_steps": "total_batch_size"}
+    partners |= {"total_batch_size": "grad_accum_steps"}
+    silenced = {partners[name] for name in explicit if name in partners}
+    for name, value in saved.items():
+        if name not in now or name in _NOT_INHERITED or name in silenced:
+            continue
+        if name not in explicit:
+            changes[name] = tuple(value) if isinstance(value, list) else value
+        elif now[name] != value:
+            say(f"  {name}: {value} in the checkpoint, now {now[name]}")
+    return _replace(settings, changes, explicit)
+
+
+def _replace(settings: R, changes: dict[str, Any], explicit: frozenset[str]) -> R:
+    replaced = dataclasses.replace(settings, **changes)
+    object.__setattr__(replaced, "explicit_names", explicit)
+    return replaced
+
+
+def check_preset(name: str, known: list[str]) -> None:
+    """Raises ValueError with the nearest name for a preset that does not exist."""
+    if name not in known:
+        raise ValueError(f"--preset {name}: unknown.{nearest(name, known)} Known: {', '.join(known)}")

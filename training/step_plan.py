@@ -1,0 +1,132 @@
+"""From settings to steps: how the global batch is split, how long the run is, when what happens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from training.run_settings import RunSettings
+from training.schedule import Schedule
+from training.settings import is_explicit
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """All that the loop needs to know about steps. Intervals in steps; 0 = never (the last step counts besides)."""
+
+    micro_batch: int  # windows of one micro-batch of one process
+    grad_accum: int
+    world_size: int
+    block_size: int
+    windows_per_epoch: int
+    max_steps: int
+    warmup_steps: int
+    schedule: Schedule
+    eval_every: int
+    generate_every: int
+    checkpoint_every: int
+    log_every: int
+
+    @property
+    def windows_per_step(self) -> int:
+        return self.micro_batch * self.grad_accum * self.world_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.windows_per_step * self.block_size
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.windows_per_epoch / self.windows_per_step
+
+    @property
+    def epochs(self) -> float:
+        return self.max_steps / self.steps_per_epoch
+
+    def is_last(self, step: int) -> bool:
+        return step == self.max_steps - 1
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether an interval ends at this step."""
+        return self.is_last(step) or (every > 0 and step > 0 and step % every == 0)
+
+
+def plan_steps(settings: RunSettings, block_size: int, windows_per_epoch: int, world_size: int) -> StepPlan:
+    """Settle the batch split and the length of the run. Raises ValueError where explicit settings conflict."""
+    _refuse_conflicts(settings)
+    for name in ("batch_size", "block_size", "total_batch_size", "max_steps", "sample_tokens"):
+        _at_least_one(name, getattr(settings, name))
+    grad_accum = _accumulation(settings, block_size, world_size)
+    windows_per_step = settings.batch_size * grad_accum * world_size
+    steps_per_epoch = windows_per_epoch / windows_per_step
+    max_steps = settings.max_steps
+    if settings.epochs is not None:
+        if settings.epochs <= 0:
+            raise ValueError(f"--epochs {settings.epochs}: expected more than 0")
+        max_steps = max(1, round(settings.epochs * steps_per_epoch))
+    warmup = _warmup(settings, max_steps)
+    shape, ratio, decay = settings.lr_schedule, settings.min_lr_ratio, settings.decay_ratio
+    schedule = Schedule(shape, settings.max_lr, ratio, warmup, max_steps, decay)
+
+    def interval(name: str) -> int:
+        value = getattr(settings, name)
+        if value == "epoch":
+            return max(1, round(steps_per_epoch))
+        if value < 0:
+            raise ValueError(f"--{name} {value}: expected at least 0, or `epoch`")
+        return int(value)
+
+    return StepPlan(
+        micro_batch=settings.batch_size,
+        grad_accum=grad_accum,
+        world_size=world_size,
+        block_size=block_size,
+        windows_per_epoch=windows_per_epoch,
+        max_steps=max_steps,
+        warmup_steps=warmup,
+        schedule=schedule,
+        eval_every=interval("eval_interval"),
+        generate_every=interval("generate_interval"),
+        checkpoint_every=interval("checkpoint_interval"),
+        log_every=settings.log_interval or (1 if max_steps <= 200 else 10),
+    )
+
+
+def _at_least_one(name: str, value: Any) -> None:
+    if value < 1:
+        raise ValueError(f"--{name} {value}: expected at least 1")
+
+
+def _refuse_conflicts(settings: RunSettings) -> None:
+    """Two explicit settings that say the same thing differently are an error: neither is obviously the one meant."""
+    pairs = (("epochs", "max_steps"), ("warmup_ratio", "warmup_steps"), ("grad_accum_steps", "total_batch_size"))
+    for one, other in pairs:
+        if is_explicit(settings, one) and getattr(settings, one) is not None and is_explicit(settings, other):
+            raise ValueError(f"--{one} and --{other} are both set: give one of them")
+
+
+def _accumulation(settings: RunSettings, block_size: int, world_size: int) -> int:
+    """Micro-batches of a step, from the global batch in tokens unless given."""
+    if settings.grad_accum_steps is not None:
+        _at_least_one("grad_accum_steps", settings.grad_accum_steps)
+        return settings.grad_accum_steps
+    per_micro_step = settings.batch_size * block_size * world_size
+    count, rest = divmod(settings.total_batch_size, per_micro_step)
+    if is_explicit(settings, "total_batch_size") and (rest or count == 0):
+        low, high = max(count, 1) * per_micro_step, (count + 1) * per_micro_step
+        raise ValueError(
+            f"--total_batch_size {settings.total_batch_size}: not a multiple of batch_size {settings.batch_size} x "
+            f"block_size {block_size} x {world_size} processes = {per_micro_step}; nearest: {low} or {high}"
+        )
+    return max(1, count)
+
+
+def _warmup(settings: RunSettings, max_steps: int) -> int:
+    if settings.warmup_ratio is not None:
+        if not 0 <= settings.warmup_ratio <= 1:
+            raise ValueError(f"--warmup_ratio {settings.warmup_ratio}: expected a share between 0 and 1")
+        return round(settings.warmup_ratio * max_steps)
+    if is_explicit(settings, "warmup_steps"):
+        return settings.warmup_steps
+    # A default of hundreds of steps would fill a short run with warm-up alone.
+    return min(settings.warmup_steps, max(1, max_steps // 10))
