@@ -60,7 +60,7 @@ class KVCache:
         return positions, (keys <= positions.unsqueeze(2)).unsqueeze(1)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores one layer's new k and v (B, n_kv_head, T, head_dim); returns all S so far (B, n_kv_head, S, head_dim)."""
+        """Stores a layer's k and v (B, n_kv_head, T, head_dim); returns all so far, (B, n_kv_head, S, head_dim)."""
         stored = self.layers[layer]
         assert stored is not None, f"layer {layer} has no attention"
         T = k.size(2)

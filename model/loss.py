@@ -21,8 +21,8 @@ def linear_cross_entropy_sum(
 
     All N x V logits of GPT-2 at 4 x 256 tokens are 206 MB, and plain cross entropy holds three such arrays (logits,
     their log-softmax, their gradient). Here one buffer of `chunk` rows serves all of it: the gradient of each piece is
-    worked out while its logits are at hand, in the forward pass. Rows without a target are never multiplied by the head.
-    Autocast is honoured: the matmuls run in its type, softmax and sums in fp32.
+    worked out while its logits are at hand, in the forward pass. Rows without a target never meet the head. Autocast is
+    honoured: the matmuls run in its type, softmax and sums in fp32.
     """
     assert hidden.dim() == 2 and weight.dim() == 2 and targets.shape == hidden.shape[:1]
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
