@@ -15,7 +15,7 @@ from data.templates import PromptTemplate, template_from_spec
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_spec
 from formats.checkpoint import write_durably
 from formats.open_model import build_model
-from model.config import PRESETS, padded_vocab, preset
+from model.config import GPTConfig, preset
 from model.gpt import GPT
 from training import rng
 from training.distributed import Dist, close_distributed, setup_distributed
@@ -29,7 +29,7 @@ from training.run_settings import FinetuneSettings, RunSettings, TrainSettings
 from training.runtime import Runtime, choose_runtime
 from training.saver import Saver, describe
 from training.settings import is_explicit, to_dict, to_yaml
-from training.start import Start, check_preset, choose_start, with_checkpoint_settings, with_preset_defaults
+from training.start import Start, choose_start, with_checkpoint_settings, with_preset_defaults
 from training.step_plan import StepPlan, plan_steps
 from training.stop import StopRequest
 
@@ -121,10 +121,10 @@ class _Run:
             progress, saver, recorder, self.console, self.stop,
         )  # fmt: skip
         try:
-            self._introduce(plan, loader, model, runtime, val_set)
             if progress.step >= plan.max_steps - 1 and progress.finished_step:
                 self.say(f"Nothing to do: step {progress.step} is the last of {plan.max_steps}. More: --max_steps N.")
-                return self._summary(plan, progress, finished=True)
+                return self._finish(plan, progress, finished=True)
+            self._introduce(plan, loader, model, runtime, val_set)
             self._check_forward(trainer, loader, progress)
             self._restore_rng(start, progress)
             finished = trainer.run()
@@ -172,7 +172,6 @@ class _Run:
         """The network with the run's weights, on the CPU."""
         settings = self.settings
         if start.payload is None:
-            check_preset(settings.preset, list(PRESETS))
             torch.manual_seed(settings.seed)
             model = GPT(self._preset_config(train_set))
         else:
@@ -188,10 +187,14 @@ class _Run:
         model.gradient_checkpointing = settings.gradient_checkpointing
         return model
 
-    def _preset_config(self, train_set: TokenSet) -> Any:
-        vocab = train_set.vocab_size
-        sizes = {"vocab_size": vocab, "padded_vocab_size": padded_vocab(vocab)}
-        return preset(self.settings.preset, **sizes, block_size=self.settings.block_size, dropout=self.settings.dropout)
+    def _preset_config(self, train_set: TokenSet) -> GPTConfig:
+        settings = self.settings
+        return preset(
+            settings.preset,
+            vocab_size=train_set.vocab_size,
+            block_size=settings.block_size,
+            dropout=settings.dropout,
+        )
 
     def _check_same_shape(self, model: GPT, train_set: TokenSet, start: Start) -> None:
         """A resumed pretraining keeps its network: another --preset or --block_size is an error with both sides."""
@@ -318,10 +321,12 @@ class _Run:
             "Warm-up steps": plan.warmup_steps,
             "Optimizer": settings.optimizer,
             "Dropout": settings.dropout,
-            "Device": f"{self.here.device}; " + "; ".join(runtime.reasons),
+            "Device": self.here.device,
         }
         for name, value in rows.items():
             say(f"  {name}: {value}")
+        for reason in runtime.reasons:
+            say(f"    {reason}")
         say(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
         if settings.epochs is not None:
             tokens = plan.max_steps * plan.tokens_per_step

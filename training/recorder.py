@@ -90,8 +90,11 @@ class Recorder:
         """The block that evaluation scripts print, and whether this is the best so far."""
         self.console.say("***** Running evaluation *****")
         self.console.say(f"  Num examples = {validation.windows}")
-        best = "the best so far" if improved else f"best {progress.best_val_loss:.4f} at step {progress.best_step}"
-        where = "before training" if progress.step < 0 else f"step {progress.step}, {best}"
+        where = f"step {progress.step}, the best so far" if improved else f"step {progress.step}"
+        if progress.step < 0:
+            where = "before training"
+        elif not improved and progress.best_val_loss is not None:
+            where += f", best {progress.best_val_loss:.4f} at step {progress.best_step}"
         self.console.say(f"Eval Loss: {validation.loss:.4f} ({where})")
         self.console.say(f"Eval Perplexity: {math.exp(min(validation.loss, 700)):.3f}")
 
