@@ -8,6 +8,7 @@ import mmap
 import os
 import struct
 import threading
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ U1, U2, U4, U8 = (np.dtype(name) for name in ("<u1", "<u2", "<u4", "<u8"))
 DTYPES: dict[int, np.dtype] = {1: U1, 2: U2, 3: U4, 4: U8}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _CHUNK = 1 << 20  # bytes read at a time; a multiple of every item size
+_SETTLED_NS = 2_000_000_000  # clocks of file systems are coarse: a younger file may change and keep its mtime
 
 
 class ArrayWriter:
@@ -99,13 +101,10 @@ def check_file(path: Path, dtype: np.dtype, entry: dict[str, Any], count: int | 
                 raise damaged(path, f"its header counts {found:,} values, {MANIFEST} {count:,}")
             if not full:
                 return CheckedFile(path, dtype, found, stamp, None)
-            key = (os.path.abspath(path), *stamp)
-            if key not in _known:
-                file.seek(0)
-                _known[key] = _read_through(file, dtype)
+            file.seek(0)
+            facts = _facts(file, (os.path.abspath(path), *stamp), dtype)
     except OSError as error:
         raise damaged(path, f"cannot be read ({error.strerror or error})") from error
-    facts = _known[key]
     if facts.sha256 != entry["sha256"]:
         was, now = entry["sha256"][:12], facts.sha256[:12]
         raise damaged(path, f"has changed since it was written: its sha256 is {now}..., {MANIFEST} says {was}...")
@@ -128,6 +127,17 @@ def _check_header(path: Path, header: bytes, size: int, dtype: np.dtype) -> int:
     if size != expected:
         raise damaged(path, f"has {size:,} bytes, expected {expected:,} for the {count:,} values of its header")
     return count
+
+
+def _facts(file: BinaryIO, key: tuple[str, int, int], dtype: np.dtype) -> Facts:
+    """The facts of a file, read through unless this process has done so since it last changed."""
+    known = _known.get(key)
+    if known is not None:
+        return known
+    facts = _read_through(file, dtype)
+    if time.time_ns() - key[2] > _SETTLED_NS:
+        _known[key] = facts
+    return facts
 
 
 def _read_through(file: BinaryIO, dtype: np.dtype) -> Facts:
