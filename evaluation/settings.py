@@ -1,0 +1,70 @@
+"""What `sample.py` and `evaluate.py` can be told. No torch here: --help answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class SampleSettings:
+    """sample.py: let one checkpoint answer, or several side by side."""
+
+    checkpoints: tuple[str, ...] = ()
+    """Checkpoints (.pt), one or several; the first is what the others are compared with."""
+    prompt: tuple[str, ...] = ()
+    """Prompts, each in quotes."""
+    prompts: str | None = None
+    """File of prompts (- for standard input): one a line, or JSON lines with prompt, context and reference (or Dolly's
+    instruction, context and response). They follow those of --prompt."""
+    prompt_template: str = "auto"
+    """Prompt format: auto = the first one found among the checkpoints, for all of them; none = the raw text; or dolly,
+    alpaca, zh_instruction, human_assistant, zh_code."""
+    max_new_tokens: int = 128
+    """Longest answer in tokens."""
+    temperature: float = 0.8
+    """Sharpness of sampling: below 1 safer, above 1 wilder; 0 always takes the likeliest token."""
+    top_k: int = 50
+    """Sample among the K likeliest tokens; 0 = all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together have this probability; 1 = all."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that were read or written before become less likely; 1 = off."""
+    seed: int = 1337
+    """Seed of sampling. An answer depends on seed and prompt, not on the other prompts or the batch size."""
+    batch_size: int = 1
+    """Prompts answered at a time; with 1, answers of a single checkpoint appear as they are written."""
+    json: str | None = None
+    """Write prompts, answers and figures to this JSON file."""
+    html: str | None = None
+    """Write a comparison page to this HTML file: self-contained, works without a network."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+
+
+@dataclass
+class EvaluateSettings:
+    """evaluate.py: measure checkpoints on texts or prepared sets."""
+
+    checkpoints: tuple[str, ...] = ()
+    """Checkpoints (.pt), one or several."""
+    metrics: tuple[str, ...] = ("perplexity",)
+    """What to measure: perplexity (with loss and bits per byte)."""
+    input: tuple[str, ...] = ()
+    """UTF-8 text files, each scored as one text (- for standard input)."""
+    data_dir: str | None = None
+    """Folder of token shards made by prepare_data.py; a bare name means data/NAME. In an instruction set only the
+    answers are scored."""
+    split: str = "val"
+    """The split of data_dir: train or val."""
+    block_size: int | None = None
+    """Length of a window in tokens; the model's context where not given."""
+    stride: int | None = None
+    """Tokens from one window to the next; half a window where not given. Shorter: more context, more time."""
+    batch_size: int = 8
+    """Windows scored at a time; changes speed and memory, not the result."""
+    max_tokens: int | None = None
+    """Score only the first N tokens of each text."""
+    json: str | None = None
+    """Write the results to this JSON file."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
