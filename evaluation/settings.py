@@ -14,11 +14,9 @@ class SampleSettings:
     prompt: tuple[str, ...] = ()
     """Prompts, each in quotes."""
     prompts: str | None = None
-    """File of prompts (- for standard input): one a line, or JSON lines with prompt, context and reference (or Dolly's
-    instruction, context and response). They follow those of --prompt."""
+    """File of prompts, - for standard input: one a line, or JSON lines with prompt, context, reference (or Dolly's)."""
     prompt_template: str = "auto"
-    """Prompt format: auto = the first one found among the checkpoints, for all of them; none = the raw text; or dolly,
-    alpaca, zh_instruction, human_assistant, zh_code."""
+    """A template's name, such as dolly; none = raw text; auto = the first found in the checkpoints, for all of them."""
     max_new_tokens: int = 128
     """Longest answer in tokens."""
     temperature: float = 0.8
@@ -52,8 +50,7 @@ class EvaluateSettings:
     input: tuple[str, ...] = ()
     """UTF-8 text files, each scored as one text (- for standard input)."""
     data_dir: str | None = None
-    """Folder of token shards made by prepare_data.py; a bare name means data/NAME. In an instruction set only the
-    answers are scored."""
+    """Folder made by prepare_data.py, or NAME for data/NAME; in an instruction set only the answers are scored."""
     split: str = "val"
     """The split of data_dir: train or val."""
     block_size: int | None = None
