@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
-    """ValueError with the nearest name unless `value` is one of `choices`; `what` is the flag or field that holds it."""
+    """ValueError with the nearest name unless `value` is one of `choices`; `what` is the flag that holds it."""
     known = list(choices)
     if value not in known:
         close = difflib.get_close_matches(value, known, n=1, cutoff=0.5)

@@ -1,8 +1,8 @@
 """Where text comes from: the embedded documentation, local files, or the Hugging Face Hub; read as a stream.
 
 `documents` yields text, `records` yields instruction records. Memory does not grow with the input: a text file is read
-in pieces, JSON lines one by one, Parquet by row groups, the Hub by its streaming interface. Every complaint about a file
-is one line that names it and the line or row in it.
+in pieces, JSON lines one by one, Parquet by row groups, the Hub by its streaming interface. A complaint about a file is
+one line that names it and the line or row in it.
 """
 
 import gzip
@@ -11,10 +11,11 @@ import json
 import logging
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, cast
 
 from data.settings import NEED_INPUT
 from data.templates import Record, has_instruction_fields, normalize_record
@@ -170,9 +171,9 @@ def _suffix(path: Path) -> str:
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     """The bytes of a file, unpacked if it is a .gz. Failures to read become one line that names the file."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        with cast(IO[bytes], gzip.open(path) if path.suffix == ".gz" else open(path, "rb")) as file:
             yield file
-    except (OSError, EOFError) as error:  # EOFError: a .gz that was cut short
+    except (OSError, EOFError, zlib.error) as error:  # the last two: a .gz cut short, a .gz damaged
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise OSError(f"{path}: cannot be read ({reason})") from error
 
@@ -183,10 +184,8 @@ def _decoded(data: bytes, path: Path, *, offset: int, line: int) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
-        found = data[error.start]
-        raise ValueError(
-            f"{path}: not UTF-8 at byte {offset + error.start}, line {line} (found 0x{found:02x}); convert the file to UTF-8"
-        ) from None
+        place = f"byte {offset + error.start}, line {line} (found 0x{data[error.start]:02x})"
+        raise ValueError(f"{path}: not UTF-8 at {place}; convert the file to UTF-8") from None
 
 
 # ---- plain text
@@ -276,12 +275,13 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _array_rows(path: Path) -> Iterator[Row]:
+    size = os.path.getsize(path)
+    if size > _LARGE_JSON:
+        logger.warning(
+            "%s: a JSON array, %.1f GB, is read whole into memory; JSON lines are streamed", path, size / 1e9
+        )
     with _opened(path) as file:
         data = file.read().removeprefix(b"\xef\xbb\xbf")
-    if len(data) > _LARGE_JSON:
-        logger.warning(
-            "%s: a JSON array of %.1f GB is read into memory whole; JSON lines are streamed", path, len(data) / 1e9
-        )
     for number, row in enumerate(_parsed(_decoded(data, path, offset=0, line=1), path, 1), start=1):
         yield f"{path}: record {number}", row
 

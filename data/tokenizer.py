@@ -8,6 +8,7 @@ Text never turns into a special id: "<|endoftext|>" inside a document is encoded
 `spec()` is what checkpoints and data sets store; `tokenizer_from_spec` builds the same tokenizer from it.
 """
 
+import difflib
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -201,9 +202,11 @@ def load_tokenizer(ref: str) -> Tokenizer:
         return _from_folder(path)
     if path.is_file():
         return BpeTokenizer(_read_tokenizer_json(path), str(path))
+    close = difflib.get_close_matches(ref, ("gpt2", "byte"), n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]}?" if close else ""
     raise ValueError(
         f"tokenizer {ref!r}: no such file or folder; expected gpt2, byte, a tokenizer.json, "
-        "or a folder that holds dataset.json or tokenizer.json"
+        f"or a folder that holds dataset.json or tokenizer.json.{hint}"
     )
 
 

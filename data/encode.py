@@ -1,0 +1,157 @@
+"""Documents and records to token ids: batch by batch, in several processes, in order, in constant memory."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data.shards import token_dtype
+from data.templates import PromptTemplate, Record, render_record, template_from_spec
+from data.tokenizer import Tokenizer, tokenizer_from_spec
+
+_BATCH_CHARACTERS = (
+    1 << 20
+)  # 0.15 s of work: long against the 2 ms that sending it costs, short against a worker's start
+_BATCH_ITEMS = 4096
+_THREADED = {"torch", "pyarrow", "datasets", "tokenizers"}
+_WORTH_A_POOL = 4  # batches; starting processes takes as long as tokenizing 3 MB
+
+
+class Item(NamedTuple):
+    """A document, a part of one, or a record, and the split that it goes to."""
+
+    split: str
+    body: str | Record
+    begins: bool = True  # a new document begins here
+    ends: bool = True  # and ends here, with the end of text
+
+
+class Encoded(NamedTuple):
+    """A batch as ids: those of all items joined (n,), their mask (n,) if these are records, and how to part them."""
+
+    ids: np.ndarray
+    mask: np.ndarray | None
+    parts: list[tuple[str, bool, int]]  # split, begins a document, number of ids
+
+
+class Encoder:
+    """Turns batches of items into ids. With a template the bodies are records, without one they are text."""
+
+    def __init__(self, tokenizer: Tokenizer, template: PromptTemplate | None) -> None:
+        self.tokenizer, self.template = tokenizer, template
+        self._dtype = token_dtype(tokenizer.vocab_size)  # half of what the tokenizer gives, when sent between processes
+        self._eot = np.array([tokenizer.eot_id], dtype=np.uint32)
+
+    def __call__(self, batch: list[Item]) -> Encoded:
+        arrays: list[np.ndarray] = []
+        masks: list[np.ndarray] = []
+        parts: list[tuple[str, bool, int]] = []
+        for split, body, begins, ends in batch:
+            if isinstance(body, str):
+                ids = self.tokenizer.encode_numpy(body)
+                new = [ids, self._eot] if ends else [ids]
+            else:
+                assert self.template is not None, "a record needs a template"
+                rendered, mask = render_record(body, self.template, self.tokenizer)
+                new = [np.array(rendered, dtype=np.uint32)]
+                masks.append(np.array(mask, dtype=np.uint8))
+            arrays += new
+            parts.append((split, begins, sum(map(len, new))))
+        ids = np.concatenate(arrays).astype(self._dtype)
+        return Encoded(ids, np.concatenate(masks) if masks else None, parts)
+
+
+def encode_all(
+    items: Iterable[Item], tokenizer: Tokenizer, template: PromptTemplate | None, workers: int
+) -> Generator[Encoded, None, None]:
+    """Encode `items` with `workers` processes. The result is in order and the same for any number of them.
+
+    At most 2 * workers + 1 batches are on their way at a time, whatever the input's size.
+    Raises OSError when a worker dies, and what reading `items` raises.
+    """
+    batches = _batches(items)
+    encoder = Encoder(tokenizer, template)
+    first = list(itertools.islice(batches, _WORTH_A_POOL)) if workers > 1 else []
+    if workers == 1 or len(first) < _WORTH_A_POOL:
+        yield from map(encoder, itertools.chain(first, batches))
+    else:
+        yield from _in_pool(itertools.chain(first, batches), encoder, workers)
+
+
+def default_workers() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
+    batch: list[Item] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += len(item.body) if isinstance(item.body, str) else sum(map(len, item.body.values()))
+        if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_ITEMS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _in_pool(batches: Iterable[list[Item]], encoder: Encoder, workers: int) -> Generator[Encoded, None, None]:
+    template = encoder.template.spec() if encoder.template else None
+    context = multiprocessing.get_context(_start_method(encoder.tokenizer))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder.tokenizer.spec(), template))
+    under_way: deque[Future[Encoded]] = deque()
+    try:
+        for batch in batches:
+            under_way.append(pool.submit(_work, batch))
+            if len(under_way) > 2 * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    except BrokenProcessPool as error:
+        raise OSError("a tokenizing process was killed (out of memory?); try fewer --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_method(tokenizer: Tokenizer) -> str:
+    """fork where this process has no threads, as in prepare_data.py (it saves 0.3 s of imports a worker), else spawn.
+
+    A fork copies other threads' locks in whatever state; the libraries named here start threads unknown to Python.
+    """
+    threaded = threading.active_count() > 1 or tokenizer.kind == "bpe" or _THREADED.intersection(sys.modules)
+    return "fork" if sys.platform == "linux" and not threaded else "spawn"
+
+
+# ---- inside a worker
+
+_encoder: Encoder | None = None
+
+
+def _start_worker(tokenizer: dict[str, Any], template: dict[str, Any] | None) -> None:
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _encoder = Encoder(tokenizer_from_spec(tokenizer), template_from_spec(template))
+
+
+def _end_with_parent() -> None:
+    """Workers wait for work on a pipe that stays open when the parent is killed: they would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(batch: list[Item]) -> Encoded:
+    assert _encoder is not None
+    return _encoder(batch)
