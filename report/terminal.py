@@ -72,12 +72,12 @@ def cell_width(character: str) -> int:
     return 2 if unicodedata.east_asian_width(character) in ("W", "F") else 1
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain table: the first column to the left, the others to the right."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A plain table: the first `left` columns begin at the left, the others (numbers) end at the right."""
     widths = [max(map(_cells, column)) for column in zip(header, *rows)]
     lines = []
     for row in [header, ["-" * width for width in widths], *rows]:
-        cells = [_pad(cell, width, right=i > 0) for i, (cell, width) in enumerate(zip(row, widths))]
+        cells = [_pad(cell, width, right=i >= left) for i, (cell, width) in enumerate(zip(row, widths))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
@@ -99,7 +99,7 @@ def results_table(results: Sequence[dict[str, Any]]) -> str:
         ]
         for result in results
     ]
-    return table(header, rows)
+    return table(header, rows, left=2)
 
 
 class AnswerStream:
