@@ -84,7 +84,7 @@ def check_manifest(meta: Any, path: Path) -> None:
         raise damaged(path, f"expected a JSON object, found {type(meta).__name__}")
     found = _field(meta, "format", int, path)
     if found != FORMAT:
-        raise damaged(path, f"has format {found}, this program reads format {FORMAT}")
+        raise damaged(path, f"has format {reprlib.repr(found)}, this program reads format {FORMAT}")
     _one_of(meta, "kind", ("text", "instruction"), path)
     _one_of(meta, "dtype", tuple(DTYPE_LIMITS), path)
     _within(meta, "vocab_size", 1, DTYPE_LIMITS[meta["dtype"]], path)
@@ -100,7 +100,7 @@ def check_manifest(meta: Any, path: Path) -> None:
         _field(meta, name, kinds, path)
     fraction = _field(meta, "val_fraction", (int, float), path)
     if not 0 <= fraction < 1:
-        raise damaged(path, f"val_fraction is {fraction!r}, expected 0 <= val_fraction < 1")
+        raise damaged(path, f"val_fraction is {reprlib.repr(fraction)}, expected 0 <= val_fraction < 1")
     if not meta["splits"]:
         raise damaged(path, "splits is empty, expected at least one of train and val")
     for split, entry in meta["splits"].items():

@@ -76,3 +76,23 @@ def overwrite(folder: Path, name: str, data: bytes, *, trusted: bool) -> None:
                     entry["sha256"] = hashlib.sha256(data).hexdigest()
 
     edit_manifest(folder, sign)
+
+
+# ---- sets whose token ids count up through the stream: a batch shows by its ids where it was cut from
+
+VOCABULARY = 70_000  # uint32 shards
+EOT = VOCABULARY - 1
+
+
+def counting_text(folder, n_tokens, shard_size=1000, mask=None):
+    """A text set whose token i is i."""
+    masks = None if mask is None else [mask]
+    return open_set(folder, [np.arange(n_tokens)], shard_size=shard_size, vocab_size=VOCABULARY, masks=masks)
+
+
+def counting_records(folder, lengths, shard_size=1000, mask=None):
+    """An instruction set whose token i is i, cut into records; without `mask` all but a record's first third counts."""
+    ends = np.cumsum(lengths)
+    documents = [np.arange(end - length, end) for end, length in zip(ends, lengths)]
+    masks = mask or [(np.arange(length) >= length // 3).astype(np.uint8) for length in lengths]
+    return open_set(folder, documents, shard_size=shard_size, vocab_size=VOCABULARY, masks=masks, kind="instruction")
