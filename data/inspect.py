@@ -101,7 +101,7 @@ def _at_block_size(split: TokenSet, block_size: int) -> str:
     used = slots[kept > 0]
     rows = len(pack(used, block_size, seed=0)[1]) - 1
     out = int((kept == 0).sum())
-    without = f", {out:,} have none left and are left out" if out else ""
+    without = f", {out:,} left out with none" if out else ""
     fill = used.sum() / (rows * block_size)
     return f"{title}{cut}{without}; packed into {rows:,} rows, {fill:.1%} of their slots in use"
 
