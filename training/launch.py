@@ -30,7 +30,7 @@ from training.runtime import Runtime, choose_runtime
 from training.saver import Saver, describe
 from training.settings import is_explicit, to_dict, to_yaml
 from training.start import Start, choose_start, with_checkpoint_settings, with_preset_defaults
-from training.step_plan import StepPlan, plan_steps
+from training.step_plan import StepPlan, plan_steps, resolved
 from training.stop import StopRequest
 
 
@@ -93,7 +93,7 @@ class _Run:
         model = self._network(start, train_set)
         plan, loader = self._plan(train_set, model)
         progress = self._progress(start, loader)
-        self._claim_folder(start, progress)
+        self._claim_folder(start, progress, plan)
         runtime = self._runtime()
         model.to(here := self.here.device)
         optimizers = self._optimizers(model, start)
@@ -236,7 +236,7 @@ class _Run:
         loader.load_state(start.payload["train_loader_state"])
         return Progress.from_dict(start.payload["progress"])
 
-    def _claim_folder(self, start: Start, progress: Progress) -> None:
+    def _claim_folder(self, start: Start, progress: Progress, plan: StepPlan) -> None:
         """Nothing of an earlier run is overwritten: what is in the way moves into earlier-NNN/. Then the log opens."""
         self.here.barrier()  # every rank has read its checkpoint
         if self.here.is_main:
@@ -245,7 +245,7 @@ class _Run:
             )
             self.folder.set_aside(progress.step if continues else None, self.say)
             self.console.open_log(self.folder.path / "training.log")
-            text = to_yaml(self.settings).encode()
+            text = to_yaml(resolved(self.settings, plan)).encode()
             write_durably(self.folder.path / "config.yaml", lambda file: file.writelines([text]))
             self.folder.write_status("running", step=progress.step)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 Interval = int | Literal["epoch"]
 Device = str
@@ -12,6 +12,13 @@ Device = str
 @dataclass
 class RunSettings:
     """Settings that pretraining and fine-tuning share."""
+
+    # Two settings of one quantity: the first, where it is given, stands for the second. Both given is an error.
+    STANDS_FOR: ClassVar[dict[str, str]] = {
+        "epochs": "max_steps",
+        "warmup_ratio": "warmup_steps",
+        "grad_accum_steps": "total_batch_size",
+    }
 
     data_dir: str = "fineweb-edu"
     """Folder of token shards made by prepare_data.py; a bare name means data/NAME."""

@@ -5,13 +5,16 @@ No torch here: `--help` answers before anything heavy is imported.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import os
 import re
 import sys
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,14 +54,7 @@ ALIASES: dict[str, str] = {
     "finetune_warmup_steps": "warmup_steps",
 }
 
-
-class _Loader(yaml.SafeLoader):
-    """safe_load in which `1e-4` is a number (YAML 1.1 wants `1.0e-4`)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+_SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -78,52 +74,62 @@ def own_name(name: str, known: Sequence[str]) -> str:
     return name if name in known else ALIASES.get(name, name)
 
 
-def load_yaml(path: str, cls: type) -> dict[str, Any]:
-    """The settings in a YAML file, under our names. Raises ValueError for what `cls` does not know."""
+def load_yaml(path: str, cls: type) -> dict[str, list[str] | None]:
+    """The settings in a YAML file under our names: each one's words as they stand there, None for null.
+
+    Words, not YAML's values, go to the parser of the flags: so `1e-4` is a number (YAML 1.1 wants `1.0e-4`), 1e3 a
+    whole one, `compile: on` no bool, and a folder named 1e-4 keeps its name. Raises ValueError for what `cls` does
+    not know.
+    """
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"--config {path}: no such file")
     try:
-        raw = yaml.load(file.read_text("utf-8"), Loader=_Loader)  # a SafeLoader: builds plain values only
+        root = yaml.compose(file.read_text("utf-8"), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if raw is None:
+    if root is None:
         return {}
-    if not isinstance(raw, dict):
-        raise ValueError(f"--config {path}: expected `name: value` lines, found a {type(raw).__name__}")
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"--config {path}: expected `name: value` lines, found a list or a single value")
     known = field_names(cls)
-    values: dict[str, Any] = {}
-    for key, value in raw.items():
-        name = own_name(str(key), known)
+    values: dict[str, list[str] | None] = {}
+    for key, value in root.value:
+        name = own_name(str(key.value), known)
         if name not in known:
-            raise ValueError(f"--config {path}: unknown setting {key!r}.{nearest(name, known)}")
+            raise ValueError(f"--config {path}: unknown setting {key.value!r}.{nearest(name, known)}")
         if name in values:
-            raise ValueError(f"--config {path}: {key!r} sets {name} a second time")
-        values[name] = value
+            raise ValueError(f"--config {path}: {key.value!r} sets {name} a second time")
+        items = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        if not all(isinstance(item, yaml.ScalarNode) for item in items):
+            raise ValueError(f"--config {path}: {key.value}: expected a value or a list of values")
+        is_null = isinstance(value, yaml.ScalarNode) and value.tag == "tag:yaml.org,2002:null"
+        values[name] = None if is_null else [item.value for item in items]
     return values
 
 
-def _whole_number(cls: type, name: str, text: str) -> str:
-    """`1e8` -> `100000000` where a setting is a whole number; anything else unchanged."""
-    hint = typing.get_type_hints(cls).get(name)
+def _words(cls: type, name: str, values: list[str] | None) -> list[str]:
+    """A setting as words for the parser: whole numbers may be written 1e8, switches with true or false after them."""
+    hint = typing.get_type_hints(cls)[name]
     takes = {hint, *typing.get_args(hint)}
-    if int in takes and float not in takes and re.fullmatch(r"[0-9]+(\.[0-9]+)?[eE]\+?[0-9]+", text):
-        number = float(text)
-        return str(int(number)) if number.is_integer() else text
+    if values is None:
+        if type(None) not in takes:
+            raise ValueError(f"--{name}: null is no value for it; leave it out to get the default")
+        return [f"--{name}", "None"]
+    if hint is bool and len(values) == 1:
+        if values[0].lower() not in _SWITCH:
+            raise ValueError(f"--{name} {values[0]}: expected true or false")
+        return [f"--{name}" if _SWITCH[values[0].lower()] else f"--no_{name}"]
+    if int in takes and float not in takes:
+        values = [_whole_number(value) for value in values]
+    return [f"--{name}", *values]
+
+
+def _whole_number(text: str) -> str:
+    """`1e8` -> `100000000`; anything else, 2.5e0 too, unchanged."""
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?[eE]\+?[0-9]{1,2}", text) and float(text).is_integer():
+        return str(int(float(text)))
     return text
-
-
-def _as_flags(cls: type, values: dict[str, Any]) -> list[str]:
-    """YAML values as command-line words, so that one parser checks the types of both."""
-    words: list[str] = []
-    for name, value in values.items():
-        if isinstance(value, bool) and typing.get_type_hints(cls)[name] is bool:
-            words.append(f"--{name}" if value else f"--no_{name}")
-        elif isinstance(value, (list, tuple)):
-            words += [f"--{name}", *(str(item) for item in value)]
-        else:
-            words += [f"--{name}", _whole_number(cls, name, str(value))]
-    return words
 
 
 def _normalize(cls: type, argv: Sequence[str]) -> tuple[list[str], set[str]]:
@@ -133,45 +139,52 @@ def _normalize(cls: type, argv: Sequence[str]) -> tuple[list[str], set[str]]:
     setting are an error.
     """
     known = field_names(cls)
-    words: dict[str, list[str]] = {"": []}  # setting -> its flag and values
+    loose: list[str] = []  # words before any flag
+    given: dict[str, list[str]] = {}  # setting -> its values
+    negated: set[str] = set()
     spelled: dict[str, str] = {}
     current = ""
     for word in argv:
         if not re.match(r"--[A-Za-z]", word):
-            words[current].append(_whole_number(cls, current, word))
+            (given[current] if current else loose).append(word)
             continue
         flag, equals, value = word[2:].partition("=")
         name = own_name(flag, known)
-        current = name[3:] if name.startswith("no_") and name[3:] in known else name
+        current = name[3:] if name not in known and name.startswith("no_") else name
         if current not in known:
             near = nearest("--" + name, ["--" + setting for setting in known])
             raise ValueError(f"unknown flag --{flag}.{near} (--help lists all)")
-        if spelled.setdefault(current, flag) != flag:
+        spelling = flag.replace("-", "_").removeprefix("no_")
+        if spelled.setdefault(current, spelling) != spelling:
             raise ValueError(f"--{spelled[current]} and --{flag} both set {current}: give one of them")
-        words[current] = [f"--{name}", *([_whole_number(cls, current, value)] if equals else [])]
-    return [word for group in words.values() for word in group], set(words) - {""}
+        given[current] = [value] if equals else []
+        (negated.discard if name == current else negated.add)(current)
+    words = [_words(cls, name, values) for name, values in given.items() if name not in negated]
+    words += [[f"--no_{name}", *given[name]] for name in negated]
+    return [*loose, *(word for group in words for word in group)], set(given)
 
 
 def _take(argv: list[str], flag: str) -> str | None:
-    """Remove `--flag VALUE` or `--flag=VALUE` from argv and return VALUE."""
-    for index, word in enumerate(argv):
-        if word == flag:
+    """Remove every `--flag VALUE` or `--flag=VALUE` from argv and return the last VALUE."""
+    value, index = None, 0
+    while index < len(argv):
+        if argv[index] == flag:
             if index + 1 == len(argv):
                 raise ValueError(f"{flag} needs a file")
             value = argv[index + 1]
             del argv[index : index + 2]
-            return value
-        if word.startswith(flag + "="):
-            del argv[index]
-            return word[len(flag) + 1 :]
-    return None
+        elif argv[index].startswith(flag + "="):
+            value = argv.pop(index)[len(flag) + 1 :]
+        else:
+            index += 1
+    return value
 
 
 def parse(cls: type[S], argv: Sequence[str] | None = None, *, description: str = "") -> S:
     """Settings from `argv`: defaults, then `--config FILE`, then flags.
 
     What was set explicitly is kept as `settings.explicit_names`: an explicit setting beats a default.
-    Raises ValueError for unknown names and SystemExit(2) for values of the wrong type (SystemExit(0) after --help).
+    Raises ValueError for unknown names and wrong values; SystemExit(0) after --help and --print_config.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     config = _take(words, "--config")
@@ -179,27 +192,46 @@ def parse(cls: type[S], argv: Sequence[str] | None = None, *, description: str =
     words = [word for word in words if word != "--print_config"]
     asks_help = any(word in ("-h", "--help") for word in words)
     flags, explicit = (["--help"], set()) if asks_help else _normalize(cls, words)
-
-    def read(args: list[str], default: S | None) -> S:
-        more = {} if default is None else {"default": default}
-        text = f"{description}\n\nAlso: --config FILE (YAML, flags win), --print_config (resolved settings as YAML)."
-        return tyro.cli(cls, args=args, description=text, use_underscores=True, **more)  # type: ignore[call-overload]
-
     settings: S | None = None
-    if config is not None:
+    if config is not None and not asks_help:
         values = load_yaml(config, cls)
         try:
-            settings = read(_as_flags(cls, values), None)
-        except SystemExit:
-            print(f"error: --config {config} holds a value of the wrong type (above)", file=sys.stderr)
-            raise
+            settings = _read(cls, [word for name in values for word in _words(cls, name, values[name])], description)
+        except ValueError as error:
+            raise ValueError(f"--config {config}: {error}") from None
         explicit |= set(values)
-    settings = read(flags, settings)
+    settings = _read(cls, flags, description, settings)
     object.__setattr__(settings, "explicit_names", frozenset(explicit))
     if print_config:
         print(to_yaml(settings), end="")
         raise SystemExit(0)
     return settings
+
+
+def _read(cls: type[S], args: list[str], description: str, default: S | None = None) -> S:
+    """Have tyro check types and build the settings; what it would print in a box becomes a ValueError of one line."""
+    text = f"{description}\n\nAlso: --config FILE (YAML, flags win), --print_config (resolved settings as YAML)."
+    more = {} if default is None else {"default": default}
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(cls, args=args, description=text, use_underscores=True, **more)  # type: ignore[call-overload]
+    except SystemExit as stop:
+        if not stop.code:  # --help, which goes to stdout
+            raise
+        raise ValueError(_first_sentence(said.getvalue())) from None
+
+
+def _first_sentence(box: str) -> str:
+    """What a box of tyro's says between its title and the next rule or blank line."""
+    lines = [line.strip(" │|") for line in box.splitlines()]
+    body = dropwhile(_is_rule, lines[1:])
+    sentence = " ".join(takewhile(lambda line: not _is_rule(line), body)) or " ".join(box.split())
+    return re.sub(r"^Error parsing \w*Settings: ", "", sentence)  # from __post_init__: it names its flag itself
+
+
+def _is_rule(line: str) -> bool:
+    return not line.strip("-─╭╮╰╯")
 
 
 def is_explicit(settings: Any, name: str) -> bool:
@@ -218,8 +250,12 @@ def to_dict(settings: Any) -> dict[str, Any]:
 
 
 def to_yaml(settings: Any) -> str:
-    """The resolved settings as a file that --config takes."""
-    return yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True)
+    """The resolved settings as a file that --config takes: without those that another one stands in for."""
+    plain = to_dict(settings)
+    for given, other in getattr(settings, "STANDS_FOR", {}).items():
+        if plain[given] is not None:
+            del plain[other]
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
 def run_script(main: Callable[[S], Any], cls: type[S], description: str, argv: Sequence[str] | None = None) -> None:

@@ -96,9 +96,7 @@ def with_checkpoint_settings(settings: R, saved: dict[str, Any], say: Say) -> R:
     explicit = frozenset(name for name in to_dict(settings) if is_explicit(settings, name))
     now, changes = to_dict(settings), {}
     # Two settings of one quantity: an explicit one of today silences the saved partner.
-    partners = {"epochs": "max_steps", "max_steps": "epochs", "warmup_ratio": "warmup_steps"}
-    partners |= {"warmup_steps": "warmup_ratio", "grad_accum_steps": "total_batch_size"}
-    partners |= {"total_batch_size": "grad_accum_steps"}
+    partners = settings.STANDS_FOR | {other: given for given, other in settings.STANDS_FOR.items()}
     silenced = {partners[name] for name in explicit if name in partners}
     for name, value in saved.items():
         if name not in now or name in _NOT_INHERITED or name in silenced:

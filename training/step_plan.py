@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 from training.run_settings import RunSettings
 from training.schedule import Schedule
 from training.settings import is_explicit
+
+R = TypeVar("R", bound=RunSettings)
 
 
 @dataclass(frozen=True)
@@ -54,14 +58,13 @@ class StepPlan:
 def plan_steps(settings: RunSettings, block_size: int, windows_per_epoch: int, world_size: int) -> StepPlan:
     """Settle the batch split and the length of the run. Raises ValueError where explicit settings conflict."""
     _refuse_conflicts(settings)
-    for name in ("batch_size", "block_size", "total_batch_size", "max_steps", "sample_tokens"):
-        _at_least_one(name, getattr(settings, name))
+    _check_ranges(settings)
     grad_accum = _accumulation(settings, block_size, world_size)
     windows_per_step = settings.batch_size * grad_accum * world_size
     steps_per_epoch = windows_per_epoch / windows_per_step
     max_steps = settings.max_steps
     if settings.epochs is not None:
-        if settings.epochs <= 0:
+        if not 0 < settings.epochs < math.inf:
             raise ValueError(f"--epochs {settings.epochs}: expected more than 0")
         max_steps = max(1, round(settings.epochs * steps_per_epoch))
     warmup = _warmup(settings, max_steps)
@@ -92,15 +95,24 @@ def plan_steps(settings: RunSettings, block_size: int, windows_per_epoch: int, w
     )
 
 
-def _at_least_one(name: str, value: Any) -> None:
-    if value < 1:
-        raise ValueError(f"--{name} {value}: expected at least 1")
+def _check_ranges(settings: RunSettings) -> None:
+    """Raises ValueError for the first number that makes no sense; what has its own unit is checked where it is used."""
+    whole = ("batch_size", "block_size", "total_batch_size", "max_steps", "sample_tokens")
+    for name in (*whole, "grad_accum_steps", "log_interval", "eval_batch_size"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: expected at least 1")
+    for name in ("max_eval_samples", "keep_last_n_checkpoints", "max_grad_norm", "weight_decay", "eps"):
+        if not getattr(settings, name) >= 0:  # NaN too
+            raise ValueError(f"--{name} {getattr(settings, name)}: expected at least 0")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(settings, name) < 1:
+            raise ValueError(f"--{name} {getattr(settings, name)}: expected at least 0 and less than 1")
 
 
 def _refuse_conflicts(settings: RunSettings) -> None:
     """Two explicit settings that say the same thing differently are an error: neither is obviously the one meant."""
-    pairs = (("epochs", "max_steps"), ("warmup_ratio", "warmup_steps"), ("grad_accum_steps", "total_batch_size"))
-    for one, other in pairs:
+    for one, other in settings.STANDS_FOR.items():
         if is_explicit(settings, one) and getattr(settings, one) is not None and is_explicit(settings, other):
             raise ValueError(f"--{one} and --{other} are both set: give one of them")
 
@@ -108,7 +120,6 @@ def _refuse_conflicts(settings: RunSettings) -> None:
 def _accumulation(settings: RunSettings, block_size: int, world_size: int) -> int:
     """Micro-batches of a step, from the global batch in tokens unless given."""
     if settings.grad_accum_steps is not None:
-        _at_least_one("grad_accum_steps", settings.grad_accum_steps)
         return settings.grad_accum_steps
     per_micro_step = settings.batch_size * block_size * world_size
     count, rest = divmod(settings.total_batch_size, per_micro_step)
@@ -130,3 +141,18 @@ def _warmup(settings: RunSettings, max_steps: int) -> int:
         return settings.warmup_steps
     # A default of hundreds of steps would fill a short run with warm-up alone.
     return min(settings.warmup_steps, max(1, max_steps // 10))
+
+
+def resolved(settings: R, plan: StepPlan) -> R:
+    """The settings with the numbers that the plan settled: as config.yaml they alone give the same run again."""
+    return dataclasses.replace(
+        settings,
+        block_size=plan.block_size,
+        total_batch_size=plan.tokens_per_step,
+        grad_accum_steps=None,
+        max_steps=plan.max_steps,
+        epochs=None,
+        warmup_steps=plan.warmup_steps,
+        warmup_ratio=None,
+        log_interval=plan.log_every,
+    )

@@ -1,0 +1,471 @@
+"""Settings: flags and YAML through one table, types, conflicts of names, and what a user's mistake looks like."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings, strategies
+
+from data.settings import PrepareSettings
+from training.run_settings import FinetuneSettings, RunSettings, TrainSettings
+from training.settings import ALIASES, field_names, is_explicit, parse, run_script, to_dict, to_yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A name that others script against: changing a line here breaks somebody's script or config.
+GOLDEN_ALIASES = {
+    "model_name_or_path": "pretrained_checkpoint",
+    "base_model": "pretrained_checkpoint",
+    "dataset_name": "data_dir",
+    "output_dir": "log_dir",
+    "num_train_epochs": "epochs",
+    "max_train_samples": "max_samples",
+    "learning_rate": "max_lr",
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "gradient_accumulation_steps": "grad_accum_steps",
+    "lr_scheduler_type": "lr_schedule",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "adam_epsilon": "eps",
+    "logging_steps": "log_interval",
+    "save_steps": "checkpoint_interval",
+    "eval_steps": "eval_interval",
+    "save_total_limit": "keep_last_n_checkpoints",
+    "finetune_lr": "max_lr",
+    "finetune_epochs": "epochs",
+    "finetune_samples": "max_samples",
+    "finetune_batch_size": "batch_size",
+    "finetune_seq_len": "block_size",
+    "finetune_grad_accum": "grad_accum_steps",
+    "finetune_max_grad_norm": "max_grad_norm",
+    "finetune_weight_decay": "weight_decay",
+    "finetune_warmup_steps": "warmup_steps",
+}
+
+# Words for settings that do not take a number.
+SAMPLE_VALUES = {
+    "epochs": "2",
+    "lr_schedule": "linear",
+    "pretrained_checkpoint": "m.pt",
+    "data_dir": "d",
+    "log_dir": "l",
+}
+
+
+def write(folder: Path, text: str) -> str:
+    file = folder / "settings.yaml"
+    file.write_text(text, encoding="utf-8")
+    return str(file)
+
+
+# -- the alias table ---------------------------------------------------------------------------------------------------
+
+
+def test_alias_table_is_what_others_rely_on() -> None:
+    assert ALIASES == GOLDEN_ALIASES
+
+
+def test_every_alias_means_a_setting_and_hides_none() -> None:
+    names = set(field_names(FinetuneSettings))
+    assert set(ALIASES.values()) <= names
+    assert not set(ALIASES) & names
+
+
+@pytest.mark.parametrize("alias", sorted(ALIASES))
+def test_flag_and_yaml_key_of_an_alias_set_the_same(alias: str, tmp_path: Path) -> None:
+    name = ALIASES[alias]
+    word = SAMPLE_VALUES.get(name, "7")
+    by_flag = parse(FinetuneSettings, [f"--{alias}", word])
+    by_file = parse(FinetuneSettings, ["--config", write(tmp_path, f"{alias}: {word}\n")])
+    assert by_flag == by_file == parse(FinetuneSettings, [f"--{name}", word])
+    assert getattr(by_flag, name) != getattr(FinetuneSettings(), name), "the sample value is the default"
+    assert is_explicit(by_flag, name) and is_explicit(by_file, name)
+
+
+# -- defaults ----------------------------------------------------------------------------------------------------------
+
+
+def test_finetuning_defaults_of_the_documented_table() -> None:
+    expected = {
+        "pretrained_checkpoint": "logs/model_19072.pt",
+        "data_dir": "dolly15k",
+        "log_dir": "logs_finetune",
+        "batch_size": 16,
+        "max_lr": 6e-5,
+        "warmup_steps": 1,
+        "max_steps": 6,
+        "checkpoint_interval": 2,
+        "keep_last_n_checkpoints": 3,
+        "eval_interval": 2,
+        "generate_interval": 2,
+        "weight_decay": 0.01,
+        "block_size": 1024,
+        "total_batch_size": 524288,
+        "optimizer": "adamw",
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "lr_schedule": "cosine",
+        "min_lr_ratio": 0.1,
+        "epochs": None,
+        "auto_resume": False,
+        "resume": False,
+        "checkpoint_path": None,
+        "packing": True,
+    }
+    got = to_dict(parse(FinetuneSettings, []))
+    assert {name: got[name] for name in expected} == expected
+
+
+def test_pretraining_defaults_are_gpt2_on_ten_billion_tokens() -> None:
+    expected = {
+        "preset": "124M",
+        "data_dir": "fineweb-edu",
+        "log_dir": "logs",
+        "block_size": 1024,
+        "total_batch_size": 524288,
+        "max_steps": 19073,
+        "max_lr": 6e-4,
+        "warmup_steps": 715,
+        "weight_decay": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "max_grad_norm": 1.0,
+        "dropout": 0.0,
+        "lr_schedule": "cosine",
+    }
+    got = to_dict(parse(TrainSettings, []))
+    assert {name: got[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("cls", [TrainSettings, FinetuneSettings])
+def test_nothing_is_explicit_by_default(cls: type[RunSettings]) -> None:
+    parsed, built = parse(cls, []), cls()
+    assert parsed == built
+    assert not [name for name in field_names(cls) if is_explicit(parsed, name) or is_explicit(built, name)]
+
+
+def test_explicit_names_say_what_was_set_even_at_its_default(tmp_path: Path) -> None:
+    file = write(tmp_path, "learning_rate: 6e-5\n")
+    parsed = parse(FinetuneSettings, ["--config", file, "--max_steps", "6", "--no_packing"])
+    assert parsed.explicit_names == {"max_lr", "max_steps", "packing"}  # type: ignore[attr-defined]
+    assert is_explicit(parsed, "max_steps") and not is_explicit(parsed, "batch_size")
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", ["1e-4", "1E-4", "1.0e-4", "+1e-4", "0.0001", ".0001", "1.e-4"])
+def test_a_float_may_be_written_in_any_way(number: str, tmp_path: Path) -> None:
+    assert parse(TrainSettings, ["--config", write(tmp_path, f"max_lr: {number}\n")]).max_lr == 1e-4
+    assert parse(TrainSettings, ["--max_lr", number]).max_lr == 1e-4
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e8", 100_000_000), ("5.24288e5", 524288), ("1E+3", 1000), ("17", 17)])
+def test_a_whole_number_may_be_written_with_an_exponent(text: str, value: int, tmp_path: Path) -> None:
+    for settings_ in (
+        parse(TrainSettings, ["--total_batch_size", text]),
+        parse(TrainSettings, [f"--total_batch_size={text}"]),
+        parse(TrainSettings, ["--config", write(tmp_path, f"total_batch_size: {text}\n")]),
+    ):
+        assert settings_.total_batch_size == value and isinstance(settings_.total_batch_size, int)
+    assert parse(TrainSettings, ["--eval_interval", "1e3"]).eval_interval == 1000
+
+
+@pytest.mark.parametrize("text", ["2.5", "6.0", "1e-1", "2.5e0", "1e999", "seven", "1e", "0x10"])
+def test_what_is_no_whole_number_is_refused_by_flag_and_file(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_steps"):
+        parse(TrainSettings, ["--max_steps", text])
+    with pytest.raises(ValueError, match=r"settings\.yaml.*max_steps"):
+        parse(TrainSettings, ["--config", write(tmp_path, f"max_steps: {text}\n")])
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--max_lr", "fast"], "--max_lr"),
+        (["--dtype", "fp16"], "float16"),
+        (["--eval_interval", "epochs"], "--eval_interval"),
+        (["--epochs", "one"], "--epochs"),
+        (["--packing", "perhaps"], "true or false"),
+        (["--max_lr"], "--max_lr"),
+        (["stray"], "stray"),
+        (["--max_lr", "1", "2"], "2"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_it(argv: list[str], named: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse(FinetuneSettings, argv)
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        (["--packing"], True),
+        (["--no_packing"], False),
+        (["--no-packing"], False),
+        (["--packing", "false"], False),
+        (["--packing=False"], False),
+        (["--packing", "True"], True),
+        (["--no_packing", "--packing"], True),
+        (["--packing", "--no_packing"], False),
+    ],
+)
+def test_switches(argv: list[str], value: bool) -> None:
+    parsed = parse(FinetuneSettings, argv)
+    assert parsed.packing is value and is_explicit(parsed, "packing")
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("packing: false", "packing", False),
+        ("packing: no", "packing", False),
+        ("wandb: yes", "wandb", True),
+        ("compile: on", "compile", "on"),  # a bool in YAML 1.1
+        ("compile: off", "compile", "off"),
+        ("log_dir: 1e-4", "log_dir", "1e-4"),  # a number in YAML, the name of a folder here
+        ("log_dir: 2024-01-02", "log_dir", "2024-01-02"),
+        ("log_dir: 007", "log_dir", "007"),
+        ("log_dir: yes", "log_dir", "yes"),
+        ("epochs: null", "epochs", None),
+        ("epochs: ~", "epochs", None),
+        ("checkpoint_interval: epoch", "checkpoint_interval", "epoch"),
+        ("sample_prompts: one only", "sample_prompts", ("one only",)),
+        ("sample_prompts: [a, 'b c', 1e-4]", "sample_prompts", ("a", "b c", "1e-4")),
+        ("sample_prompts: []", "sample_prompts", ()),
+        ("sample_prompts:\n  - ü\n  - -5 degrees", "sample_prompts", ("ü", "-5 degrees")),
+        ("", "max_lr", 6e-4),
+    ],
+)
+def test_yaml_values_mean_what_they_look_like(line: str, name: str, value: Any, tmp_path: Path) -> None:
+    got = getattr(parse(TrainSettings, ["--config", write(tmp_path, line + "\n")]), name)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("max_lrr: 1\n", "Did you mean max_lr?"),
+        ("1: 2\n", "'1'"),
+        ("max_lr: 1\nlearning_rate: 2\n", "a second time"),
+        ("max_lr: 1\nmax_lr: 2\n", "a second time"),
+        ("- a\n- b\n", "name: value"),
+        ("just words\n", "name: value"),
+        ("max_lr: [1\n", "not valid YAML"),
+        ("max_lr: [1, 2]\n", "2"),
+        ("max_lr: {a: 1}\n", "max_lr"),
+        ("data_dir: null\n", "data_dir"),
+        ("data_dir:\n", "data_dir"),
+        ("max_lr: !!python/object/apply:os.system ['true']\n", "max_lr"),
+    ],
+)
+def test_a_wrong_file_is_named_with_the_reason(text: str, says: str, tmp_path: Path) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(ValueError) as caught:
+        parse(FinetuneSettings, ["--config", file])
+    assert file in str(caught.value) and says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_config_files_that_cannot_be_read(tmp_path: Path) -> None:
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00max_lr")
+    for path in (tmp_path / "missing.yaml", tmp_path, binary):
+        with pytest.raises(ValueError, match=str(path)):
+            parse(TrainSettings, ["--config", str(path)])
+    with pytest.raises(ValueError, match="--config needs a file"):
+        parse(TrainSettings, ["--config"])
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "near"), [("--max_lrr", "--max_lr"), ("--bach_size", "--batch_size"), ("--autoresume", "--auto_resume")]
+)
+def test_an_unknown_flag_is_refused_with_the_nearest_name(flag: str, near: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown flag {flag}. Did you mean {near}\\?"):
+        parse(TrainSettings, [flag, "1"])
+
+
+def test_abbreviations_are_not_guessed() -> None:
+    with pytest.raises(ValueError, match="unknown flag --max_st"):
+        parse(TrainSettings, ["--max_st", "3"])
+
+
+def test_a_flag_twice_the_last_wins_but_two_names_are_an_error(tmp_path: Path) -> None:
+    assert parse(TrainSettings, ["--max_lr", "1", "--max-lr", "2", "--max_lr=3"]).max_lr == 3
+    assert parse(TrainSettings, ["--sample_prompts", "a", "b", "--sample_prompts", "c"]).sample_prompts == ("c",)
+    with pytest.raises(ValueError, match="--max_lr and --learning_rate both set max_lr"):
+        parse(TrainSettings, ["--max_lr", "1", "--learning_rate", "1"])
+    first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
+    first.write_text("max_lr: 1")
+    second.write_text("max_lr: 2")
+    assert parse(TrainSettings, ["--config", str(first), f"--config={second}"]).max_lr == 2
+
+
+def test_flags_win_over_the_file_wherever_they_stand(tmp_path: Path) -> None:
+    file = write(tmp_path, "learning_rate: 1e-3\nbatch_size: 4\npacking: false\nsample_prompts: [a, b]\n")
+    for argv in (["--max_lr", "2", "--config", file, "--packing"], ["--packing", f"--config={file}", "--max_lr=2"]):
+        parsed = parse(TrainSettings, [*argv, "--sample_prompts", "c"])
+        assert (parsed.max_lr, parsed.batch_size, parsed.packing, parsed.sample_prompts) == (2, 4, True, ("c",))
+
+
+# -- the resolved settings ---------------------------------------------------------------------------------------------
+
+
+def printed_config(argv: list[str], capsys: pytest.CaptureFixture[str], cls: type = FinetuneSettings) -> str:
+    with pytest.raises(SystemExit) as stop:
+        parse(cls, [*argv, "--print_config"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--max_lr", "1e-4", "--no_packing", "--eval_interval", "epoch", "--compile", "on"],
+        ["--epochs", "0.5", "--warmup_ratio", "0.1", "--grad_accum_steps", "4"],
+        ["--log_dir", "1e-4", "--data_dir", "on", "--checkpoint_path", "null", "--wandb_project", "~"],
+        ["--sample_prompts", "two\nlines: # no comment", "'quoted' \"both\"", "答え", "", " "],
+    ],
+)
+def test_print_config_goes_through_config(argv: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = printed_config(argv, capsys)
+    again = parse(FinetuneSettings, ["--config", write(tmp_path, text)])
+    assert again == parse(FinetuneSettings, argv)
+    assert printed_config(["--config", write(tmp_path, text)], capsys) == text
+
+
+def test_print_config_is_plain_yaml_of_every_setting_in_force(capsys: pytest.CaptureFixture[str]) -> None:
+    values = yaml.safe_load(printed_config(["--epochs", "2"], capsys))
+    assert set(values) == set(field_names(FinetuneSettings)) - {"max_steps"}, "epochs stands for max_steps"
+    assert values["epochs"] == 2 and values["batch_size"] == 16
+
+
+TEXT = strategies.text(strategies.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
+
+
+@given(
+    prompts=strategies.lists(TEXT.filter(lambda text: not text.startswith("-")), max_size=3),
+    lr=strategies.floats(0, 1e3),
+    steps=strategies.integers(1, 10**12),
+    name=TEXT.filter(lambda text: text and not text.startswith("-")),
+)
+@settings(max_examples=30, deadline=None)
+def test_any_settings_survive_the_file(
+    prompts: list[str], lr: float, steps: int, name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    made = TrainSettings(sample_prompts=tuple(prompts), max_lr=lr, max_steps=steps, log_dir=name)
+    file = tmp_path_factory.getbasetemp() / "any.yaml"
+    file.write_text(to_yaml(made), encoding="utf-8")
+    assert parse(TrainSettings, ["--config", str(file)]) == made
+
+
+def test_every_setting_is_documented() -> None:
+    """Each field is followed by its help: a text in the source, which --help shows."""
+    help_text = subprocess.run(
+        [sys.executable, "finetune_dolly.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    words = " ".join(line.strip(" │") for line in help_text.splitlines())
+    for field in dataclasses.fields(FinetuneSettings):
+        assert f"--{field.name}" in words, field.name
+    source = (ROOT / "training/run_settings.py").read_text()
+    lines = [line.strip() for line in source.splitlines()]
+    names = set(field_names(FinetuneSettings))
+    for number, line in enumerate(lines):
+        if ":" in line and line.split(":")[0] in names and "=" in line:
+            rest = lines[number + 1 :] if not line.endswith("(") else lines[lines.index(")", number) + 1 :]
+            assert rest[0].startswith('"""'), f"{line} has no help"
+
+
+# -- scripts -----------------------------------------------------------------------------------------------------------
+
+PROBE = """
+import io, json, contextlib, runpy, sys
+codes = {}
+for script in json.loads(sys.argv[1]):
+    sys.argv = [script, "--help"]
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out):
+            runpy.run_path(script, run_name="__main__")
+        codes[script] = "no exit"
+    except SystemExit as stop:
+        codes[script] = [stop.code, "--data_dir" in out.getvalue() and "default: 1337" in out.getvalue()]
+heavy = [name for name in ("torch", "numpy", "datasets", "wandb", "matplotlib") if name in sys.modules]
+print(json.dumps([codes, heavy]))
+"""
+
+
+def test_help_exits_0_and_loads_nothing_heavy() -> None:
+    scripts = ["train_gpt2.py", "finetune_dolly.py", "model/finetune_dolly.py"]
+    out = subprocess.run(
+        [sys.executable, "-c", PROBE, json.dumps(scripts)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    codes, heavy = json.loads(out.stdout)
+    assert codes == {script: [0, True] for script in scripts}
+    assert heavy == []
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "says"),
+    [
+        ("train_gpt2.py", ["--max_lrr", "1"], "Did you mean --max_lr?"),
+        ("train_gpt2.py", ["--max_lr", "fast"], "--max_lr"),
+        ("train_gpt2.py", ["--data_dir", "nowhere/at/all"], "nowhere/at/all"),
+        ("train_gpt2.py", ["--config", "missing.yaml"], "missing.yaml"),
+        ("train_gpt2.py", ["--resume"], "--resume: no usable checkpoint"),
+        ("train_gpt2.py", ["--checkpoint_path", "model.pt"], "--resume"),
+        ("train_gpt2.py", ["--device", "abacus"], "--device abacus"),
+        ("finetune_dolly.py", ["--pretrained_checkpoint", "no-such.pt"], "no-such.pt: no such checkpoint"),
+        ("finetune_dolly.py", ["--resume", "--checkpoint_path", "no-such.pt"], "no-such.pt: no such checkpoint"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    script: str,
+    argv: list[str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and says in line
+
+
+def test_other_errors_keep_their_traceback_and_debug_shows_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(error: Exception) -> Any:
+        def main(_: TrainSettings) -> None:
+            raise error
+
+        return main
+
+    with pytest.raises(KeyError):
+        run_script(fail(KeyError("a defect")), TrainSettings, "", [])
+    with pytest.raises(SystemExit):
+        run_script(fail(OSError("disk")), TrainSettings, "", [])
+    monkeypatch.setenv("ESPALIER_DEBUG", "1")
+    with pytest.raises(OSError, match="disk"):
+        run_script(fail(OSError("disk")), TrainSettings, "", [])
+
+
+def test_errors_from_a_settings_class_itself_are_one_line() -> None:
+    with pytest.raises(ValueError, match=r"^--source text reads your own files"):
+        parse(PrepareSettings, ["--source", "text"])
