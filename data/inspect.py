@@ -44,7 +44,7 @@ def inspect_dataset(
         parts += [_histogram(split), _at_block_size(split, block_size)]
     if n_records:
         parts.append(_records(splits[0], tokenizer, n_records, block_size, color))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def _heading(folder: str, meta: dict[str, Any]) -> str:
@@ -88,14 +88,14 @@ def _histogram(split: TokenSet) -> str:
 def _at_block_size(split: TokenSet, block_size: int) -> str:
     title = f"{split.split} at --block_size {block_size}: "
     needed = np.diff(split.document_starts) - 1  # slots: the last token is a target only
-    longer = f"{(needed > block_size).mean():.1%}"
+    longer = _share(needed > block_size)
     if split.meta["kind"] == "text":
         windows = -(-(split.n_tokens - 1) // block_size)
-        return f"{title}{windows:,} windows; {longer} of the documents are longer than one"
+        return f"{title}{windows:,} windows; {longer} documents are longer than one"
     starts, slots = split.document_starts[:-1], np.minimum(needed, block_size)
     kept = supervised_counts(split, starts, slots)
-    lose = (kept < supervised_counts(split, starts, needed)).mean()
-    cut = f"{longer} of the records are truncated, {lose:.1%} lose supervised tokens"
+    lose = _share(kept < supervised_counts(split, starts, needed))
+    cut = f"{longer} records are truncated, {lose} lose supervised tokens"
     if not (kept > 0).any():
         return f"{title}{cut}, none has any left"
     used = slots[kept > 0]
@@ -104,6 +104,11 @@ def _at_block_size(split: TokenSet, block_size: int) -> str:
     without = f", {out:,} left out with none" if out else ""
     fill = used.sum() / (rows * block_size)
     return f"{title}{cut}{without}; packed into {rows:,} rows, {fill:.1%} of their slots in use"
+
+
+def _share(which: np.ndarray) -> str:
+    """How many of a boolean array are true, and their share."""
+    return f"{int(which.sum()):,} ({which.mean():.1%})"
 
 
 def _records(split: TokenSet, tokenizer: "Tokenizer", n_records: int, block_size: int, color: bool) -> str:

@@ -70,16 +70,16 @@ def test_what_a_block_size_does_to_records(tmp_path):
     ]
     record_set(tmp_path, records)
     text = inspect_dataset(tmp_path, 8, 0)
-    assert "50.0% of the records are truncated, 50.0% lose supervised tokens, 1 left out with none; packed" in text
+    assert "2 (50.0%) records are truncated, 2 (50.0%) lose supervised tokens, 1 left out with none; packed" in text
     assert "packed into 3 rows, 95.8% of their slots in use" in text  # 7 + 8 + 8 of 24
-    assert "75.0% of the records are truncated" in inspect_dataset(tmp_path, 7, 0)
-    assert "0.0% of the records are truncated, 0.0% lose supervised tokens; packed" in inspect_dataset(tmp_path, 13, 0)
+    assert "3 (75.0%) records are truncated" in inspect_dataset(tmp_path, 7, 0)
+    assert "0 (0.0%) records are truncated, 0 (0.0%) lose supervised tokens; packed" in inspect_dataset(tmp_path, 13, 0)
     assert "none has any left" in inspect_dataset(tmp_path, 1, 0)
 
 
 def test_a_text_tells_its_windows(tmp_path):
     write_set(tmp_path, [np.ones(30), np.ones(3), np.ones(8)])
-    assert "train at --block_size 16: 3 windows; 33.3% of the documents are longer than one" in inspect_dataset(
+    assert "train at --block_size 16: 3 windows; 1 (33.3%) documents are longer than one" in inspect_dataset(
         tmp_path, 16, 0
     )
 
