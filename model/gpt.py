@@ -170,7 +170,8 @@ class GPT(nn.Module):
         mask = None if doc_ids is None else document_mask(doc_ids)
         if cache is not None:
             assert positions is None and doc_ids is None, "a cache knows its rows' positions and holds one record each"
-            positions, mask = cache.begin(length)
+            assert cache.max_length <= limit, f"a cache of {cache.max_length} for a context of {limit}"
+            positions, mask = cache.begin(length, idx.device)
         x, head = self._embed(idx, positions)
         shared = AttentionInputs(self._rope_tables(idx, positions), mask, cache)
         for block in self.h:

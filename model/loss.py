@@ -69,8 +69,10 @@ def _loss_and_gradients(
     table = weight.detach().to(dtype)  # (V, C)
     rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # (S,) the supervised positions
     step = min(chunk or chunk_rows(weight.size(0), device), max(1, len(rows)))
-    buffer = torch.empty(step, weight.size(0), device=hidden.device)  # fp32, reused: a fresh one costs page faults
-    nll = torch.empty(len(rows), device=hidden.device)
+    exact = torch.promote_types(dtype, torch.float32)
+    # One buffer for all pieces: a fresh one of this size costs page faults each time.
+    buffer = torch.empty(step, weight.size(0), dtype=exact, device=hidden.device)
+    nll = torch.empty(len(rows), dtype=exact, device=hidden.device)
     grad_hidden = torch.zeros_like(hidden) if need_hidden else None
     grad_weight = None
     with torch.no_grad(), torch.autocast(device, enabled=False):
@@ -82,7 +84,8 @@ def _loss_and_gradients(
             nll[start : start + step] = -scores.gather(1, wanted).squeeze(1)
             if not (need_hidden or need_weight):
                 continue
-            delta = scores.exp_().scatter_add_(1, wanted, scores.new_full((1, 1), -1.0).expand_as(wanted)).to(dtype)
+            # The gradient in the logits: the probabilities, less 1 at the target.
+            delta = scores.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=exact)).to(dtype)
             if grad_hidden is not None:
                 grad_hidden.index_copy_(0, piece, (delta @ table).to(hidden.dtype))
             if need_weight:
@@ -93,7 +96,7 @@ def _loss_and_gradients(
 
 
 def _log_softmax(x: Tensor, table: Tensor, vocab_size: int, out: Tensor) -> Tensor:
-    """The log-probabilities (n, V) of x (n, C) in fp32, written into `out`; -inf from vocab_size on."""
+    """The log-probabilities (n, V) of x (n, C), written into `out`; -inf from vocab_size on."""
     if x.dtype == out.dtype:
         torch.mm(x, table.t(), out=out)
     else:
@@ -103,9 +106,9 @@ def _log_softmax(x: Tensor, table: Tensor, vocab_size: int, out: Tensor) -> Tens
 
 
 def _add_outer(total: Tensor | None, delta: Tensor, x: Tensor) -> Tensor:
-    """total + delta.T @ x, (V, C) in fp32 and in place. The first piece makes the total, so nothing is zero-filled."""
+    """total + delta.T @ x, (V, C), in place, at least fp32. The first piece makes the total: nothing is zero-filled."""
     if total is None:
-        return (delta.t() @ x).float()
+        return (delta.t() @ x).to(torch.promote_types(delta.dtype, torch.float32))
     if delta.dtype == total.dtype:
         return total.addmm_(delta.t(), x)
     return total.add_(delta.t() @ x)
