@@ -126,12 +126,8 @@ class _Stream:
             why = "without text" if self.kind == "text" else "without an instruction or a response"
             logger.warning("left out %s %s %s", f"{self.left_out:,}", what, why)
         if self.val_fraction and not splits[VAL]["documents"]:
-            logger.warning(
-                "warning: %s %s are too few for --val_fraction %g: there is no validation split",
-                f"{splits[TRAIN]['documents']:,}",
-                what,
-                self.val_fraction,
-            )
+            count = splits[TRAIN]["documents"]
+            logger.warning("%d %s: too few for --val_fraction %g, no validation split", count, what, self.val_fraction)
 
     def _is_val(self, index: int) -> bool:
         return in_validation(index, self.val_fraction, self.settings.seed)

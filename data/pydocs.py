@@ -21,4 +21,4 @@ def pydocs_documents() -> Iterator[str]:
         document = "\n\n".join([f"The module {module}", *parts])
         if len(document) >= _SHORTEST:
             yield document
-    yield from language_topics().values()
+    yield from dict.fromkeys(language_topics().values())  # some topics share their text

@@ -271,7 +271,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
         return
     for number, _, text in _lines(path):
         if text and not text.isspace():
-            yield f"{path}:{number}", _parsed(text, path, number)
+            yield f"{path}:{number}", _parsed(text.rstrip(), path, number)
 
 
 def _array_rows(path: Path) -> Iterator[Row]:

