@@ -13,6 +13,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -40,10 +41,15 @@ class _DigestWriter:
         self.digest = hashlib.sha256()
         self.held = b""
         self.size = 0
+        self.error: OSError | None = None  # torch.save makes a RuntimeError without errno of it
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        self.file.write(view)
+        try:
+            self.file.write(view)
+        except OSError as error:
+            self.error = error
+            raise
         self.size += len(view)
         if len(view) >= 2:
             self.digest.update(self.held)
@@ -107,9 +113,10 @@ def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> int:
     """
     path = Path(path)
     size = 0
+    writer: _DigestWriter | None = None
 
     def write(file: IO[bytes]) -> None:
-        nonlocal size
+        nonlocal size, writer
         writer = _DigestWriter(file)
         torch.save({"format": FORMAT, **payload}, cast("IO[bytes]", writer))
         file.seek(-2, os.SEEK_END)
@@ -124,21 +131,25 @@ def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> int:
     try:
         write_durably(path, write, check)
     except (OSError, RuntimeError) as error:
-        raise _save_error(path, payload, error) from None
+        cause = writer.error if writer is not None and writer.error is not None else error
+        raise _save_error(path, payload, cause) from None
     return size
 
 
+_FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota used up", errno.EFBIG: "over the file size limit"}
+
+
 def _save_error(path: Path, payload: dict[str, Any], error: Exception) -> Exception:
-    """The error of a failed save in one line: a full disk comes out of torch.save as a RuntimeError without errno."""
+    """The error of a failed save in one line; where space ran out, with how much was needed and how much there is."""
+    code = error.errno if isinstance(error, OSError) else None
+    if code is not None and code not in _FULL:
+        return error
     needed = payload_bytes(payload)
-    free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-    code = getattr(error, "errno", None)
-    full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or free < needed
-    if full or isinstance(error, RuntimeError):
-        reason = "disk full" if full else f"could not be written ({' '.join(str(error).split())[:120]})"
-        text = f"{path}: {reason}: about {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free"
-        return OSError(code or errno.ENOSPC, text)
-    return error
+    free = shutil.disk_usage(path.parent).free
+    if code is None:
+        code = errno.ENOSPC if free < needed else errno.EIO
+    reason = _FULL.get(code) or f"could not be written ({' '.join(str(error).split())[:120]})"
+    return OSError(code, f"{path}: {reason}: about {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
 
 
 def payload_bytes(payload: Any) -> int:
@@ -166,12 +177,15 @@ def load_checkpoint(path: str | Path, *, require_digest: bool = False) -> dict[s
     if require_digest or not _is_plain_archive(path):
         _verify_digest(path, shown=path)
     payload = _read(path, shown=path)
-    missing = [key for key in ("model", "config") if key not in payload]
-    if missing:
-        raise ValueError(f"{path}: is not a checkpoint: it lacks {' and '.join(missing)}")
     version = payload.get("format", FORMAT)
     if not isinstance(version, int) or version > FORMAT:
         raise ValueError(f"{path}: has format {version!r}, this version reads up to {FORMAT}: update the project")
+    for key in ("model", "config"):
+        if not isinstance(payload.get(key), dict):
+            raise ValueError(f"{path}: is not a checkpoint of this project: it holds no {key}")
+    strange = [name for name, value in payload["model"].items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise ValueError(f"{path}: its weight {strange[0]} is no tensor")
     return payload
 
 
@@ -216,9 +230,9 @@ def _verify_digest(path: Path, shown: Path) -> None:
     if tail[2 : 2 + len(_COMMENT)] != _COMMENT:
         raise ValueError(f"{shown}: ends without a digest: cut short, or not written by this project")
     if tail != expected:
-        found = digest.hexdigest()[:12]
-        stated = tail[2 + len(_COMMENT) :][:12].decode("ascii", "replace")
-        raise ValueError(f"{shown}: is damaged: its digest says {stated}, its content gives {found}")
+        stated, found = tail[2 + len(_COMMENT) :], digest.hexdigest().encode()
+        where = f"its content gives the digest {found[:12].decode()}, not the one it carries"
+        raise ValueError(f"{shown}: is damaged: {where if stated != found else 'its last bytes are wrong'}")
 
 
 def _read(path: Path, shown: Path) -> dict[str, Any]:
@@ -226,8 +240,11 @@ def _read(path: Path, shown: Path) -> dict[str, Any]:
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds here: UnpicklingError, RuntimeError, KeyError, EOFError ...
-        text = " ".join(str(error).split())[:160]
-        raise ValueError(f"{shown}: cannot be read as a checkpoint ({type(error).__name__}: {text})") from None
+        text = " ".join(str(error).split())
+        refused = re.search(r"GLOBAL ([\w.]+)", text)
+        if refused is not None:
+            raise ValueError(f"{shown}: holds {refused[1]}, expected only tensors and plain values; not read") from None
+        raise ValueError(f"{shown}: cannot be read as a checkpoint ({type(error).__name__}: {text[:160]})") from None
     if not isinstance(payload, dict):
         raise ValueError(f"{shown}: holds a {type(payload).__name__}, expected a checkpoint")
     return payload

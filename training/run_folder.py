@@ -62,15 +62,18 @@ class RunFolder:
 
     def newest_good(self, say: Say) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that is whole and holds the training state; each bad one is named with the reason."""
-        for _, file in self.checkpoints():
+        for step, file in self.checkpoints():
             try:
                 payload = load_checkpoint(file, require_digest=True)
             except (ValueError, OSError) as error:
                 say(f"Not used: {error}")
                 continue
-            if is_full(payload):
+            if not is_full(payload):
+                say(f"Not used: {file}: weights only, no training state to go on from")
+            elif payload.get("step") != step:
+                say(f"Not used: {file}: holds step {payload.get('step')}, its name says {step}")
+            else:
                 return file, payload
-            say(f"Not used: {file}: weights only, no training state to go on from")
         return None
 
     def prune(self, keep: int) -> None:

@@ -47,6 +47,11 @@ def _own_checkpoint(settings: RunSettings, folder: RunFolder, say: Say) -> Start
         path = Path(settings.checkpoint_path)
         payload = load_checkpoint(path)
         if is_full(payload):
+            if not has_digest(path):
+                raise ValueError(
+                    f"{path}: carries no digest, so damage to it could go unnoticed: resume from a file that a run "
+                    "wrote, or start a new run from its weights with finetune_dolly.py --pretrained_checkpoint"
+                )
             return Start(path, payload, resumes=True)
         say(f"{path}: weights only, no training state: the run starts at step 0 from these weights")
         return Start(path, payload)
