@@ -78,6 +78,10 @@ def load_optimizer_state(model: nn.Module, optimizers: dict[str, torch.optim.Opt
                 continue
             if name not in saved[kind]:
                 raise ValueError(f"the checkpoint's {kind} state lacks the parameter {name}")
+            for key, value in saved[kind][name].items():
+                if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape:
+                    found, wanted = tuple(value.shape), tuple(parameter.shape)
+                    raise ValueError(f"the checkpoint's {kind} state of {name}: {key} has shape {found}, not {wanted}")
             optimizer.state[parameter] = {key: _place(value, parameter) for key, value in saved[kind][name].items()}
 
 

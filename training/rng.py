@@ -40,7 +40,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
         random.setstate((version, tuple(words), next_gauss))
         if state.get("cuda") is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda"].clone())
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError) as error:
         raise ValueError(f"the checkpoint's random state is not usable: {error}") from None
 
 
