@@ -29,6 +29,9 @@ _TAIL = 2 + len(_COMMENT) + 64  # bytes: comment length, comment
 _PLAIN_END = 22  # bytes: the end-of-archive record of a zip without a comment
 _CHUNK = 1 << 22
 
+# Errors after which trying again later may work, in words.
+OUT_OF_SPACE = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota used up", errno.EFBIG: "over the file size limit"}
+
 # What a weights-only file lacks.
 TRAINING_KEYS = ("optimizer", "scaler", "train_loader_state", "rng", "progress")
 
@@ -125,7 +128,10 @@ def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> int:
         size = writer.size - 2 + _TAIL
 
     def check(temporary: Path) -> None:
-        _verify_digest(temporary, shown=path)
+        try:
+            _verify_digest(temporary, shown=path)
+        except ValueError as error:
+            raise OSError(errno.EIO, f"{error} (as read again after writing)") from None
         _read(temporary, shown=path)  # mapped, not read: it proves that weights_only=True takes every value
 
     try:
@@ -136,19 +142,16 @@ def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> int:
     return size
 
 
-_FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota used up", errno.EFBIG: "over the file size limit"}
-
-
 def _save_error(path: Path, payload: dict[str, Any], error: Exception) -> Exception:
     """The error of a failed save in one line; where space ran out, with how much was needed and how much there is."""
     code = error.errno if isinstance(error, OSError) else None
-    if code is not None and code not in _FULL:
+    if code is not None and code not in OUT_OF_SPACE:
         return error
     needed = payload_bytes(payload)
     free = shutil.disk_usage(path.parent).free
     if code is None:
         code = errno.ENOSPC if free < needed else errno.EIO
-    reason = _FULL.get(code) or f"could not be written ({' '.join(str(error).split())[:120]})"
+    reason = OUT_OF_SPACE.get(code) or f"could not be written ({' '.join(str(error).split())[:120]})"
     return OSError(code, f"{path}: {reason}: about {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
 
 

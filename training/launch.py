@@ -19,7 +19,7 @@ from model.config import GPTConfig, preset
 from model.gpt import GPT
 from training import rng
 from training.distributed import Dist, close_distributed, setup_distributed
-from training.loop import NonFiniteLoss, Trainer
+from training.loop import Trainer
 from training.metrics import Console, Wandb
 from training.optimizer import build_optimizers, load_optimizer_state
 from training.progress import Progress
@@ -59,10 +59,6 @@ def _run(settings: RunSettings) -> dict[str, Any]:
                 folder.open()
             here.barrier()
             return _Run(with_preset_defaults(settings), here, console, folder, stop).run()
-    except NonFiniteLoss:
-        if here.is_main:
-            folder.write_status("failed")
-        raise
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"out of memory: {str(error).splitlines()[0]} Remedies, in this order: a smaller --batch_size "
@@ -244,6 +240,7 @@ class _Run:
                 start.resumes and start.path is not None and start.path.parent.resolve() == self.folder.path.resolve()
             )
             self.folder.set_aside(progress.step if continues else None, self.say)
+            self.folder.prune(self.settings.keep_last_n_checkpoints)  # a kill may have come between rename and removal
             self.console.open_log(self.folder.path / "training.log")
             text = to_yaml(resolved(self.settings, plan)).encode()
             write_durably(self.folder.path / "config.yaml", lambda file: file.writelines([text]))

@@ -110,7 +110,9 @@ class Trainer:
         here, model = self.here, self.model
         lr = self.plan.schedule(step)
         set_learning_rate(self.optimizers, lr)
+        first = self.loader.sample
         batches = [self.loader.next_batch() for _ in range(self.plan.grad_accum)]
+        self._samples = f"{first}..{self.loader.sample - 1}"  # of all processes
         (supervised,) = here.sum(sum(batch.supervised for batch in batches))
         losses = []
         for number, batch in enumerate(batches):
@@ -127,10 +129,9 @@ class Trainer:
         if not broken:
             for optimizer in self.optimizers.values():
                 self.scaler.step(optimizer)
-            self.scaler.update()
+        self.scaler.update()  # also after a step not taken: it readies the scaler for the next unscale_
         self._drop_gradients()
         synchronize(here.device)
-        self._suspects = [sample for batch in batches for sample in batch.samples]
         seconds = time.perf_counter() - started
         return Step(loss_sum, int(supervised), float(norm), lr, seconds, taken=not broken)
 
@@ -163,10 +164,9 @@ class Trainer:
     def _refuse(self, step: int, done: Step) -> None:
         """No process took the step: stop the run, or count it as skipped."""
         progress = self.progress
-        samples = f"{min(self._suspects)}..{max(self._suspects)}" if self._suspects else "none"
         what = f"loss {done.loss:.4g}" if not math.isfinite(done.loss_sum) else f"gradient norm {done.grad_norm:.4g}"
         text = (
-            f"Step {step}: {what} is not finite; no process took the step. Data: global samples {samples} of "
+            f"Step {step}: {what} is not finite; no process took the step. Data: global samples {self._samples} of "
             f"{self.loader.describe()}."
         )
         progress.skipped += 1
@@ -174,7 +174,7 @@ class Trainer:
         if self.settings.on_nonfinite == "skip" and progress.skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
             self.console.say(text + " Skipped.")
             return
-        self.saver.save_remembered("the last completed step")
+        self._save_and_leave("the last completed step")
         raise NonFiniteLoss(text + " Try a lower --max_lr, --max_grad_norm 0.5, or --on_nonfinite skip.")
 
     def _count(self, step: int, done: Step) -> None:
@@ -264,5 +264,9 @@ class Trainer:
 
     def _stopped(self) -> bool:
         """A signal: save the last completed step as it was at its end, and leave."""
-        self.saver.save_remembered(self.stop.name)
+        self._save_and_leave(self.stop.name)
         return False
+
+    def _save_and_leave(self, reason: str) -> None:
+        self.recorder.flush_to_disk()
+        self.saver.save_remembered(reason)

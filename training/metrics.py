@@ -6,10 +6,59 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from formats.checkpoint import write_durably
+from formats.checkpoint import OUT_OF_SPACE, write_durably
+
+
+class AppendFile:
+    """A file that lines are appended to, each in one write, so that a kill leaves no torn line.
+
+    What a full disk refuses is kept and tried again with the next line: no run ends for want of a log line.
+    """
+
+    def __init__(self, path: Path, complain: Callable[[str], None]) -> None:
+        self.path, self.complain = path, complain
+        self._file: IO[bytes] | None = None
+        self._waiting = b""
+        self._complained = False
+
+    def append(self, data: bytes) -> None:
+        """Write `data` after what waits. Raises OSError for all but a lack of space."""
+        self._waiting += data
+        try:
+            if self._file is None:
+                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 -- closed with the run
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._complained = False
+        except OSError as error:
+            self._wait_for_space(error)
+
+    def flush_to_disk(self) -> None:
+        """So that what is written outlives a power cut."""
+        if self._file is not None:
+            self.append(b"")
+            try:
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                self._wait_for_space(error)
+
+    def close(self) -> None:
+        """A last try for what waits."""
+        if self._file is not None:
+            self.append(b"")
+            self._file.close()
+            self._file = None
+
+    def _wait_for_space(self, error: OSError) -> None:
+        if error.errno not in OUT_OF_SPACE:
+            raise error
+        if not self._complained:
+            self._complained = True
+            self.complain(f"{self.path}: {OUT_OF_SPACE[error.errno]}: its lines are kept and tried again with the next")
 
 
 class Console:
@@ -17,14 +66,14 @@ class Console:
 
     def __init__(self, active: bool) -> None:
         self.active = active
-        self._log: IO[str] | None = None
+        self._log: AppendFile | None = None
         self._early: list[str] = []
         self._bar: Any = None
 
     def open_log(self, path: Path) -> None:
         """Mirror to `path` from now on, what was said before included."""
         if self.active:
-            self._log = open(path, "a", encoding="utf-8")  # noqa: SIM115 -- closed with the run
+            self._log = AppendFile(path, complain=lambda text: print(text, file=sys.stderr))
             for text in self._early:
                 self._write(text)
             self._early.clear()
@@ -49,8 +98,7 @@ class Console:
         if self._log is None:
             self._early.append(text)
         else:
-            self._log.write(text + "\n")
-            self._log.flush()
+            self._log.append(f"{text}\n".encode())
 
     def start_bar(self, total: int, done: int) -> None:
         """Show a bar with ETA where the terminal can; elsewhere lines tell the same."""
@@ -79,12 +127,8 @@ class Console:
             self._log = None
 
 
-class JsonLines:
-    """A file of one JSON object a line. Each line is one write, so that a kill leaves no torn line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: IO[bytes] | None = None
+class JsonLines(AppendFile):
+    """A file of one JSON object a line."""
 
     def cut_after(self, step: int) -> None:
         """Keep the lines up to `step` (each step once), atomically; a torn last line of a power cut goes too."""
@@ -102,20 +146,8 @@ class JsonLines:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; NaN and infinity become null, which JSON can hold."""
-        if self._file is None:
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 -- closed with the run
         plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
-        self._file.write(json.dumps(plain, ensure_ascii=False).encode("utf-8") + b"\n")
-
-    def flush_to_disk(self) -> None:
-        """So that no checkpoint is ever ahead of the record."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self.append(json.dumps(plain, ensure_ascii=False).encode("utf-8") + b"\n")
 
 
 class Wandb:

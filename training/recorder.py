@@ -37,8 +37,8 @@ class Recorder:
         self.settings, self.plan, self.console = settings, plan, console
         self.tokenizer, self.template, self.wandb = tokenizer, template, wandb
         self.active = console.active
-        self.metrics = JsonLines(folder.path / "metrics.jsonl")
-        self.samples = JsonLines(folder.path / "samples.jsonl")
+        self.metrics = JsonLines(folder.path / "metrics.jsonl", console.say)
+        self.samples = JsonLines(folder.path / "samples.jsonl", console.say)
 
     def resume_after(self, progress: Progress) -> None:
         """Cut the records to the checkpoint: each step stands once, whatever was interrupted."""
@@ -108,7 +108,6 @@ class Recorder:
             if stop.requested:
                 raise _Interrupted
 
-        model.eval()
         try:
             answers = generate(
                 model,
@@ -122,8 +121,6 @@ class Recorder:
             )
         except _Interrupted:
             return
-        finally:
-            model.train()
         for prompt, answer in zip(self.settings.sample_prompts, answers):
             text = self.tokenizer.decode(answer)
             self.samples.write({"step": step, "prompt": prompt, "text": text})

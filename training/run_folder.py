@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock: IO[bytes] | None = None
+        self._running = False  # as status.json says
 
     def open(self) -> None:
         """Make the folder and lock it. Raises ValueError if another run holds it, OSError if it cannot be written."""
@@ -44,7 +46,10 @@ class RunFolder:
         remove_temporaries(self.path)
 
     def close(self) -> None:
-        """Let the next run in."""
+        """Let the next run in. A run that did not say how it ended has failed."""
+        if self._running:
+            with contextlib.suppress(OSError):  # it failed of something else, which is on its way up
+                self.write_status("failed")
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -105,8 +110,5 @@ class RunFolder:
     def write_status(self, state: str, **more: Any) -> None:
         """status.json tells a supervisor what the exit code cannot: running, finished, stopped or failed."""
         data = json.dumps({"state": state, **more}).encode() + b"\n"
-        write_durably(self.path / "status.json", lambda file: _write_all(file, data))
-
-
-def _write_all(file: IO[bytes], data: bytes) -> None:
-    file.write(data)
+        write_durably(self.path / "status.json", lambda file: file.writelines([data]))
+        self._running = state == "running"

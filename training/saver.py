@@ -53,27 +53,34 @@ class Saver:
 
     def save(self, required: bool = False) -> None:
         """Write model_NNNNN.pt, then prune the old ones. A failure is said and tried again later, unless `required`."""
-        step = self._progress.step
         states = [rng.from_bytes(each) for each in self.here.gather_bytes(rng.to_bytes(self._rng))]
-        if not self.here.is_main:
-            self.saved_step = step
-            return
+        written, failure = False, None
+        if self.here.is_main:
+            try:
+                written = self._write(states)
+            except OSError as error:
+                failure = error
+        (saved,) = self.here.max(float(written))  # else rank 0 alone would save again before leaving, and wait for ever
+        if saved:
+            self.saved_step = self._progress.step
+        if failure is not None and required:
+            raise failure
+        if failure is not None:
+            self.console.say(
+                f"Checkpoint not saved: {failure}. The previous one is whole; trying again at the next interval."
+            )
+
+    def _write(self, rng_states: list[dict[str, Any]]) -> bool:
+        """One file, on rank 0; False where the weights are not worth it."""
+        step = self._progress.step
         if not self._finite():
             self.console.say(f"Step {step}: the weights are not finite; no checkpoint of them is kept.")
-            return
+            return False
         path = self.folder.checkpoint_path(step)
-        try:
-            size = save_checkpoint(path, self._payload(states))
-        except OSError as error:
-            if required:
-                raise
-            self.console.say(
-                f"Checkpoint not saved: {error}. The previous one is whole; trying again at the next interval."
-            )
-            return
-        self.saved_step = step
+        size = save_checkpoint(path, self._payload(rng_states))
         self.folder.prune(self.keep)
         self.console.say(f"Saved {path} ({size / 1e6:.1f} MB)")
+        return True
 
     def save_remembered(self, reason: str) -> None:
         """Before leaving early: save the last completed step, unless that is done or there is none."""

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from formats.checkpoint import has_digest, is_full, load_checkpoint
 from training.run_folder import RunFolder, Say
 from training.run_settings import PRESET_DEFAULTS, FinetuneSettings, RunSettings
-from training.settings import is_explicit, nearest, to_dict
+from training.settings import is_explicit, to_dict
 
 R = TypeVar("R", bound=RunSettings)
 
@@ -117,9 +117,3 @@ def _replace(settings: R, changes: dict[str, Any], explicit: frozenset[str]) -> 
     replaced = dataclasses.replace(settings, **changes)
     object.__setattr__(replaced, "explicit_names", explicit)
     return replaced
-
-
-def check_preset(name: str, known: list[str]) -> None:
-    """Raises ValueError with the nearest name for a preset that does not exist."""
-    if name not in known:
-        raise ValueError(f"--preset {name}: unknown.{nearest(name, known)} Known: {', '.join(known)}")
