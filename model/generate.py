@@ -161,12 +161,12 @@ class _Reader:
         return self.model.forward(last, cache=self.cache)
 
     def _refill(self, places: list[int], rows: list[_Row]) -> None:
+        """Reads these rows anew but for their last token. A window that has just moved is equally long in every row."""
         assert self.cache is not None
-        contexts = [row.ids[row.start : -1] for row in rows]
-        fresh = KVCache(len(rows), max(len(context) for context in contexts))
+        contexts = torch.tensor([row.ids[row.start : -1] for row in rows], device=self.device)  # (R, T)
+        fresh = KVCache(*contexts.shape)
         if fresh.max_length > 0:
-            self.model.forward(self._padded(contexts), cache=fresh, logits_for="last")
-        fresh.set_lengths([len(context) for context in contexts])
+            self.model.forward(contexts, cache=fresh, logits_for="last")
         self.cache.put(places, fresh)
 
     def _read(self, rows: list[_Row], cache: KVCache | None = None) -> Tensor:

@@ -75,7 +75,7 @@ def _loss_and_gradients(
     nll = torch.empty(len(rows), dtype=exact, device=hidden.device)
     grad_hidden = torch.zeros_like(hidden) if need_hidden else None
     grad_weight = None
-    with torch.no_grad(), torch.autocast(device, enabled=False):
+    with torch.no_grad():
         for start in range(0, len(rows), step):
             piece = rows[start : start + step]  # (n,)
             x = hidden.detach()[piece].to(dtype)  # (n, C)

@@ -7,7 +7,7 @@ import torch
 
 from model.attention import attend, document_mask
 from model.cache import KVCache
-from model.rope import rope_frequencies, rope_tables
+from model.rope import apply_rope, rope_frequencies, rope_tables
 from tests.model_helpers import FAMILIES, GPT2, LLAMA, ROPE_LLAMA3, UNBALANCED, batch, build, loss_and_gradients
 
 
@@ -24,6 +24,10 @@ def test_rope_angles_are_fp32_in_a_bf16_model():
     frequencies = rope_frequencies(8, 10_000.0, None, torch.device("cpu"))
     cos, _ = rope_tables(torch.tensor([256, 257]), frequencies)
     assert cos.dtype == torch.float32 and cos[0, 0, 0] != cos[1, 0, 0]
+    x = torch.randn(1, 2, 1, 8).bfloat16()
+    turned = apply_rope(x, rope_tables(torch.tensor([256, 257]), frequencies))
+    exact = apply_rope(x.float(), rope_tables(torch.tensor([256, 257]), frequencies))
+    assert torch.equal(turned, exact.bfloat16()) and not torch.equal(turned.float(), exact)
     model = build(LLAMA).bfloat16()
     idx, targets = batch(LLAMA)
     loss, gradients = loss_and_gradients(model, idx, targets)

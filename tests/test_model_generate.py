@@ -69,6 +69,15 @@ def test_the_seed_decides_what_is_drawn():
     assert first == many(model, seed=1, use_cache=False)
 
 
+def test_rows_of_one_seed_draw_different_numbers():
+    model = build(GPT2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()  # every token is equally likely after any prompt
+    first, second, repeated = generate(model, [[1], [2], [1]], max_new_tokens=20)
+    assert first != second and first == repeated
+
+
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 0.0}, {"top_p": 1e-9}, {"temperature": 1e-30}])
 def test_limits_of_the_knobs_are_greedy(options):
     model = build(GPT2, spread=0.3)
@@ -199,6 +208,14 @@ def test_each_position_is_computed_once_until_the_window_moves(monkeypatch):
     # Row 1 reaches 33 at the fourteenth.
     steps = [(2, 30), *[(2, 1)] * 2, (1, 16), *[(2, 1)] * 10, (1, 16), *[(2, 1)] * 2]
     assert shapes == steps
+
+
+def test_without_the_cache_the_whole_window_is_read_each_time(monkeypatch):
+    model = build(GPT2)
+    shapes, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda idx, **kwargs: shapes.append(idx.shape) or forward(idx, **kwargs))
+    generate(model, [[1] * 20, [2] * 30], max_new_tokens=5, use_cache=False)
+    assert shapes == [(2, 30), (2, 31), (2, 32), (2, 23), (2, 24)]  # row 2 falls back to 17, row 1 is then longer
 
 
 def test_generation_leaves_the_random_state_and_the_mode_alone():

@@ -41,6 +41,25 @@ def test_state_dict_names_llama_with_its_own_head_and_absent_sub_layers():
     assert list(GPT(config).state_dict()) == [*wanted, "ln_f.weight", "lm_head.weight"]
 
 
+@pytest.mark.parametrize("bias", ["qkv_bias", "o_bias", "mlp_bias", "norm_bias"])
+def test_each_bias_is_its_own_choice(bias):
+    config = dataclasses.replace(
+        GPT2, **{f"{part}_bias": f"{part}_bias" == bias for part in ("qkv", "o", "mlp", "norm")}
+    )
+    wanted = {
+        "qkv_bias": {"attn.q_proj", "attn.k_proj", "attn.v_proj"},
+        "o_bias": {"attn.o_proj"},
+        "mlp_bias": {"mlp.up_proj", "mlp.down_proj"},
+        "norm_bias": {"ln_1", "ln_2"},
+    }[bias]
+    found = {
+        name.split(".", 2)[2].removesuffix(".bias")
+        for name in GPT(config).state_dict()
+        if name.endswith(".bias") and name.startswith("h")
+    }
+    assert found == wanted
+
+
 def test_parameter_counts_are_those_of_gpt2():
     with torch.device("meta"):
         model = GPT(preset("124M", padded_vocab_size=50_257))
@@ -220,14 +239,19 @@ def test_dropout_follows_torchs_random_state_and_the_mode(config):
     assert run(1) == run(2)
 
 
-@pytest.mark.parametrize("place", ["embedding", "attention", "residual"])
+@pytest.mark.parametrize("place", ["embedding", "attention", "after attention", "after mlp"])
 def test_each_dropout_of_gpt2_is_there(place, monkeypatch):
-    model = build(dataclasses.replace(GPT2, dropout=0.3, n_layer=1))
+    sizes = {"n_layer": 1, "dropout": 0.3}
+    if place != "after mlp":
+        sizes["mlp_dim"] = 0
+    if place not in ("attention", "after attention"):
+        sizes |= {"n_head": 0, "n_kv_head": 0}
+    model = build(dataclasses.replace(GPT2, **sizes))
     if place != "embedding":
-        monkeypatch.setattr(model, "config", GPT2)
-    if place != "residual":
+        monkeypatch.setattr(model, "config", dataclasses.replace(model.config, dropout=0.0))
+    if place in ("embedding", "attention"):
         model.h[0].dropout = 0.0
-    if place != "attention":
+    if place == "after attention":
         model.h[0].attn.dropout = 0.0
     idx, _ = batch(GPT2)
     assert not torch.equal(model(idx), model(idx))
