@@ -51,6 +51,11 @@ class Encoder:
         self._dtype = token_dtype(tokenizer.vocab_size)  # half of what the tokenizer gives, when sent between processes
         self._eot = np.array([tokenizer.eot_id], dtype=np.uint32)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How a spawned worker gets its own: rebuilt from specifications. A forked one has this very object."""
+        template = self.template.spec() if self.template else None
+        return _rebuilt, (self.tokenizer.spec(), template)
+
     def __call__(self, batch: list[Item]) -> Encoded:
         arrays: list[np.ndarray] = []
         masks: list[np.ndarray] = []
@@ -106,9 +111,8 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
 
 
 def _in_pool(batches: Iterable[list[Item]], encoder: Encoder, workers: int) -> Generator[Encoded, None, None]:
-    template = encoder.template.spec() if encoder.template else None
     context = multiprocessing.get_context(_start_method(encoder.tokenizer))
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder.tokenizer.spec(), template))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder,))
     under_way: deque[Future[Encoded]] = deque()
     try:
         for batch in batches:
@@ -137,11 +141,15 @@ def _start_method(tokenizer: Tokenizer) -> str:
 _encoder: Encoder | None = None
 
 
-def _start_worker(tokenizer: dict[str, Any], template: dict[str, Any] | None) -> None:
+def _rebuilt(tokenizer: dict[str, Any], template: dict[str, Any] | None) -> Encoder:
+    return Encoder(tokenizer_from_spec(tokenizer), template_from_spec(template))
+
+
+def _start_worker(encoder: Encoder) -> None:
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = Encoder(tokenizer_from_spec(tokenizer), template_from_spec(template))
+    _encoder = encoder
 
 
 def _end_with_parent() -> None:

@@ -26,6 +26,7 @@ Kind = Literal["text", "instruction"]
 Row = tuple[str, Any]  # where it stands ("file.jsonl:7"), and what stands there
 
 _SMALLEST_PIECE, _LARGEST_PIECE = 1 << 10, 64 << 10  # bytes of a text file that go to one split together
+_BUFFER = 1 << 20  # bytes read at a time
 _LARGE_JSON = 1 << 30  # bytes; a JSON array is read whole, so above this it is worth a word
 # Where GPT-2's splitter cuts whatever stands on either side, so that pieces give the token ids of the whole text.
 _CLEAN_CUT = re.compile(rb"(?<=\S)\n(?=\S)|\n(?= \S)")
@@ -171,7 +172,7 @@ def _suffix(path: Path) -> str:
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     """The bytes of a file, unpacked if it is a .gz. Failures to read become one line that names the file."""
     try:
-        with cast(IO[bytes], gzip.open(path) if path.suffix == ".gz" else open(path, "rb")) as file:
+        with cast(IO[bytes], gzip.open(path) if path.suffix == ".gz" else open(path, "rb", _BUFFER)) as file:
             yield file
     except (OSError, EOFError, zlib.error) as error:  # the last two: a .gz cut short, a .gz damaged
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error

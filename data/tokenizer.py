@@ -76,11 +76,9 @@ class Tokenizer(ABC):
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over every id with its bytes and the special ids: equal vocabularies agree, whatever their file."""
-        digest = hashlib.sha256()
-        for token, text in enumerate(self._table):
-            digest.update(b"%d %s\n" % (token, b"-" if text is None else text.hex().encode()))
-        digest.update(json.dumps(sorted(self.special_tokens.items())).encode())
-        return digest.hexdigest()
+        lines = [f"{token} {'-' if text is None else text.hex()}\n" for token, text in enumerate(self._table)]
+        lines.append(json.dumps(sorted(self.special_tokens.items())))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @cached_property
     def _table(self) -> list[bytes | None]:
