@@ -107,7 +107,7 @@ class _Run:
             self.console,
             about,
         )
-        if start.resumes and start.path is not None and start.path.parent == self.folder.path:
+        if start.goes_on_in(self.folder) and progress.finished_step:
             saver.saved_step = progress.step
         wandb = self._wandb(progress)
         recorder = Recorder(self.settings, plan, self.folder, self.console, self.tokenizer, self.template, wandb)
@@ -236,10 +236,7 @@ class _Run:
         """Nothing of an earlier run is overwritten: what is in the way moves into earlier-NNN/. Then the log opens."""
         self.here.barrier()  # every rank has read its checkpoint
         if self.here.is_main:
-            continues = (
-                start.resumes and start.path is not None and start.path.parent.resolve() == self.folder.path.resolve()
-            )
-            self.folder.set_aside(progress.step if continues else None, self.say)
+            self.folder.set_aside(progress.step if start.goes_on_in(self.folder) else None, self.say)
             self.folder.prune(self.settings.keep_last_n_checkpoints)  # a kill may have come between rename and removal
             self.console.open_log(self.folder.path / "training.log")
             text = to_yaml(resolved(self.settings, plan)).encode()

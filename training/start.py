@@ -26,6 +26,10 @@ class Start:
     payload: dict[str, Any] | None = None
     resumes: bool = False
 
+    def goes_on_in(self, folder: RunFolder) -> bool:
+        """Whether it resumes from a checkpoint of this very folder, so that the folder's records go on too."""
+        return self.resumes and self.path is not None and self.path.parent.resolve() == folder.path.resolve()
+
 
 def choose_start(settings: RunSettings, folder: RunFolder, say: Say) -> Start:
     """The run's own checkpoint where asked for, else the pretrained model, else random weights.

@@ -30,13 +30,25 @@ class StopRequest:
         return signal.Signals(self.signal).name if self.signal is not None else "another process"
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
         if self.signal is None:
-            self.signal, self._first_at = number, now
-            return
-        if number == self.signal and now - self._first_at < FORWARDED_S:
-            return
-        os._exit(128 + number)
+            self.signal, self._first_at = number, time.monotonic()
+        elif not self._is_forwarded(number):
+            os._exit(128 + number)
+
+    def _is_forwarded(self, number: int) -> bool:
+        return number == self.signal and time.monotonic() - self._first_at < FORWARDED_S
+
+    def _handle_after(self, number: int, frame: FrameType | None) -> None:
+        """A run that was stopped has ended. The forwarded signal must not kill what is leaving in order; any other has
+        the effect that it had before the run.
+        """
+        if not self._is_forwarded(number):
+            self._restore()
+            signal.raise_signal(number)
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # signal.signal works nowhere else
@@ -47,5 +59,6 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._restore()
+        if self.signal is not None and self._previous:
+            signal.signal(self.signal, self._handle_after)

@@ -1,0 +1,173 @@
+"""SIGTERM and SIGINT at any moment: the last completed step is saved as it was at its end, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from formats.checkpoint import load_checkpoint
+from tests.lives import (
+    Life,
+    Run,
+    Strike,
+    checkpoint_differences,
+    differences,
+    finetuning,
+    pretraining,
+    records,
+    uninterrupted,
+)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def every_step_saved(run: Run) -> Run:
+    """The same run in one life, with a checkpoint of each step."""
+    return uninterrupted(Run(run.kind, run.data_dir, run.folder, {**run.changes, "checkpoint_interval": 1}))
+
+
+def stop_at(run: Run, at: str, number: int) -> Life:
+    """One life that is asked to stop at an event. It must leave in order: exit code 0, the last step saved once."""
+    life = run.live(Strike(at, signal=number))
+    assert life.code == 0 and not life.summary["finished"], f"stop at {at}: {life.describe()}"
+    last = max(life.steps, default=life.began_after)
+    assert last is not None
+    assert run.status() == {"state": "stopped", "step": last}
+    assert run.newest == last, f"stop at {at}: the newest checkpoint is {run.newest}, the last step {last}"
+    saves = [event for event in life.events if event.startswith("save model_")]
+    assert len(saves) == len(set(saves)), f"stop at {at}: saved twice: {saves}"
+    assert not list(run.folder.glob(".tmp-*"))
+    return life
+
+
+def check_is_end_of_step(run: Run) -> bool:
+    """What a stop saved is what a checkpoint due at that step would hold, bit for bit, and the record reaches it.
+
+    Returns whether the step's evaluation was done. If not, only what is known of evaluations may differ: it is done
+    over from the state at the end of the step, and the line in the record comes then.
+    """
+    whole, step = every_step_saved(run), run.newest
+    finished = bool(load_checkpoint(run.checkpoint(step))["progress"]["finished_step"])
+    if step > 0:  # no interval ends at step 0
+        found = checkpoint_differences(run.checkpoint(step), whole.checkpoint(step))
+        known = (f"model_{step:05d}.pt: progress.", f"model_{step:05d}.pt: val_loss")
+        assert not [difference for difference in found if finished or not difference.startswith(known)]
+    assert records(run.folder) == records(whole.folder)[: step + finished]
+    return finished
+
+
+def check_finish(run: Run) -> None:
+    life = run.live()
+    assert life.code == 0 and life.summary["finished"], life.describe()
+    whole = uninterrupted(run)
+    assert not differences(run.folder, whole.folder)
+    assert run.status() == whole.status()
+
+
+@pytest.mark.parametrize("make", [pretraining, finetuning])
+def test_a_stop_at_every_micro_batch(make, tmp_path: Path) -> None:
+    # Each life begins where the one before stopped, does as much as it is let, and stops one micro-batch later.
+    run = make(tmp_path / "run", keep_last_n_checkpoints=2)
+    micros = [event.split("@")[0] + "@*" for event in uninterrupted(run).lives[0].events if event.startswith("micro ")]
+    assert len(micros) >= 12
+    finished = []
+    for number, micro in enumerate(micros[:-1]):  # after the last one there is nothing left to stop
+        life = stop_at(run, micro, SIGNALS[number % 2])
+        if run.newest >= 0:
+            finished.append(check_is_end_of_step(run))
+        else:
+            assert "nothing to save" in life.log.read_text() and not run.steps_on_disk()
+    assert set(finished) == {True, False}
+    assert max(life.began_after for life in run.lives) >= 4
+    check_finish(run)
+
+
+MOMENTS = [  # in an order in which a life that goes on after one still comes to the next
+    "write config.yaml@start",  # before anything is set up
+    "eval 1@start",  # the evaluation before training
+    "begin *",
+    "step 0@0",
+    "eval 0@2",
+    "eval 2@2",
+    "write best.pt@2",
+    "fsync folder-of-best.pt@2",
+    "token 0@4",
+    "write samples.jsonl@4",
+    "write metrics.jsonl@4",
+    "eval 3@6",
+    "fsync metrics.jsonl@6",
+    "eval 1@7",  # all steps are done, what follows the last is not
+    "token 0@7",
+]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_stop_in_an_evaluation_in_a_sample_and_between(first: int, tmp_path: Path) -> None:
+    run = pretraining(tmp_path / "run", keep_last_n_checkpoints=2)
+    for number, moment in enumerate(MOMENTS[first::2]):
+        stop_at(run, moment, SIGNALS[number % 2])
+        kind, step = moment.split()[0], moment.split("@")[-1]
+        if kind in ("eval", "token", "step") and step != "start":
+            # The step is done, its evaluation and sample are not: they are done over, with their line in the record.
+            assert run.newest == int(step)
+    check_finish(run)
+
+
+SAVE_MOMENTS = ("save model_00003.pt", "write model_00003.pt", "fsync model_00003.pt", "rename model_00003.pt")
+SAVE_MOMENTS += ("fsync folder-of-model_00003.pt", "saved model_00003.pt")
+
+
+def test_a_stop_in_a_save(tmp_path: Path) -> None:
+    start = pretraining(tmp_path / "start", keep_last_n_checkpoints=2)
+    stop_at(start, "micro 3:*", signal.SIGTERM)
+    for number, moment in enumerate(SAVE_MOMENTS):
+        run = Run(start.kind, start.data_dir, tmp_path / f"stop-{number}", start.changes)
+        shutil.copytree(start.folder, run.folder)
+        life = stop_at(run, f"{moment}@3", SIGNALS[number % 2])
+        assert life.steps == [3], "the save is finished, no step is begun"
+        assert check_is_end_of_step(run)
+        check_finish(run)
+
+
+def test_a_stop_while_the_last_checkpoint_is_written_comes_too_late(tmp_path: Path) -> None:
+    run = pretraining(tmp_path / "run")
+    life = run.live(Strike("write model_00007.pt@7", nth=100, signal=signal.SIGTERM))
+    assert life.code == 0 and life.summary["finished"]
+    assert run.status()["state"] == "finished"
+    assert not differences(run.folder, uninterrupted(run).folder)
+
+
+@pytest.mark.parametrize(
+    ("second", "forwarded_s", "code"),
+    [
+        (signal.SIGTERM, 3.0, 0),  # forwarded by a launcher: the same wish again
+        (signal.SIGTERM, 0.0, 128 + signal.SIGTERM),  # later: somebody will not wait
+        (signal.SIGINT, 3.0, 128 + signal.SIGINT),  # another one is no forwarded one
+    ],
+)
+def test_a_second_signal(second: int, forwarded_s: float, code: int, tmp_path: Path) -> None:
+    run = pretraining(tmp_path / "run")
+    first = Strike("micro 5:*", signal=signal.SIGTERM)
+    life = run.live(first, Strike("write model_00004.pt@4", nth=50, signal=second), forwarded_s=forwarded_s)
+    assert life.code == code, life.describe()
+    assert run.steps_on_disk() == ([3, 4] if code == 0 else [3])
+    assert (list(run.folder.glob(".tmp-*")) == []) == (code == 0)
+    check_finish(run)
+    assert not list(run.folder.glob(".tmp-*"))
+
+
+def test_a_forwarded_signal_after_the_run_has_stopped_does_not_spoil_the_exit_code(tmp_path: Path) -> None:
+    # Slurm and torchrun send it twice; the second may come when all is saved and the interpreter is on its way out.
+    run = pretraining(tmp_path / "run")
+    life = run.live(Strike("micro 5:*", signal=signal.SIGTERM), Strike("returned *", signal=signal.SIGTERM))
+    assert life.code == 0, life.describe()
+    assert json.loads((run.folder / "status.json").read_text()) == {"state": "stopped", "step": 4}
+
+
+def test_signals_do_what_they_did_once_a_run_has_ended(tmp_path: Path) -> None:
+    life = pretraining(tmp_path / "run").live(Strike("returned *", signal=signal.SIGTERM))
+    assert life.code == -signal.SIGTERM, life.describe()
