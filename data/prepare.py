@@ -41,9 +41,9 @@ def prepare(settings: PrepareSettings, tokenizer: Tokenizer | None = None) -> di
     folder = output_folder(settings)
     kind = kind_of(settings.source, settings.input, settings.format)
     template = get_template(settings.prompt_template) if kind == "instruction" else None
-    val_fraction = (
-        default_val_fraction(settings.source, kind) if settings.val_fraction is None else settings.val_fraction
-    )
+    val_fraction = settings.val_fraction
+    if val_fraction is None:
+        val_fraction = default_val_fraction(settings.source, kind)
     stream = _Stream(settings, kind, val_fraction)
     with staged_folder(folder) as staging:
         if tokenizer is None:
@@ -85,14 +85,16 @@ def in_validation(index: int, val_fraction: float, seed: int) -> bool:
     """Whether document `index` goes to validation: one of each run of 1 / val_fraction documents, at a seeded place.
 
     Stratified, so that both splits cover the whole source, and a function of the index alone, so that the number of
-    documents need not be known.
+    documents need not be known. The very first document trains, so that a single one does.
     """
-    if not val_fraction:
-        return False
     share = Fraction(val_fraction).limit_denominator(1_000_000)
+    if not share:
+        return False
     run = index * share.numerator // share.denominator
     first = -(-run * share.denominator // share.numerator)
     following = -(-(run + 1) * share.denominator // share.numerator)
+    if run == 0 and following > 1:
+        first = 1
     place = hashlib.blake2b(f"{seed}/{run}".encode(), digest_size=8).digest()
     return index - first == int.from_bytes(place, "big") % (following - first)
 
@@ -116,11 +118,8 @@ class _Stream:
         what = "documents" if self.kind == "text" else "records"
         where = ", ".join(self.settings.input) or self.settings.source
         if not splits[TRAIN]["documents"]:
-            hint = (
-                f", only {splits[VAL]['documents']} for validation; try --val_fraction 0"
-                if splits[VAL]["documents"]
-                else ""
-            )
+            validates = splits[VAL]["documents"]
+            hint = f", only {validates} for validation; try --val_fraction 0" if validates else ""
             raise ValueError(f"{where}: holds no {what} to train on{hint}")
         if self.left_out:
             why = "without text" if self.kind == "text" else "without an instruction or a response"

@@ -83,7 +83,8 @@ def test_the_split_depends_on_the_seed_and_the_index_alone() -> None:
     assert first != [in_validation(index, 0.1, 2) for index in range(500)]
     places = {index % 10 for index, chosen in enumerate(first) if chosen}
     assert len(places) > 5, "not always at the same place of a run"
-    assert not any(in_validation(index, 0.0, 1) for index in range(50))
+    assert not any(in_validation(index, fraction, 1) for index in range(50) for fraction in (0.0, 1e-9))
+    assert not any(in_validation(0, fraction, seed) for fraction in (0.01, 0.1, 0.5) for seed in range(50))
 
 
 def test_default_fractions() -> None:
