@@ -21,7 +21,7 @@ WORDS = tuple("the quick brown fox jumps over a lazy dog and then sleeps under a
 
 def tiny_preset() -> str:
     """The name of a preset with 2 layers of width 16, made known to the model room."""
-    sizes = {"n_layer": 2, "n_head": 2, "n_kv_head": 2, "head_dim": 8, "n_embd": 16, "mlp_dim": 32}
+    sizes: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_kv_head": 2, "head_dim": 8, "n_embd": 16, "mlp_dim": 32}
     PRESETS["test"] = dataclasses.replace(PRESETS["tiny"], **sizes)
     return "test"
 
@@ -41,7 +41,7 @@ def record_set(folder: Path, n_records: int = 60, seed: int = 0) -> Path:
     """An instruction set of byte tokens in the Dolly format, with a validation split."""
     rng = np.random.default_rng(seed)
     template = TEMPLATES["dolly"]
-    rendered = []
+    rendered: list[tuple[list[int], list[int] | None]] = []
     for _ in range(n_records):
         record = {"instruction": sentence(rng, 3), "context": "", "response": sentence(rng, 4), "category": "open_qa"}
         rendered.append(render_record(record, template, BYTES))

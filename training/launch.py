@@ -32,6 +32,7 @@ from training.settings import is_explicit, to_dict, to_yaml
 from training.start import Start, choose_start, with_checkpoint_settings, with_preset_defaults
 from training.step_plan import StepPlan, plan_steps, resolved
 from training.stop import StopRequest
+from training.summary import introduce, outcome
 
 
 def pretrain(settings: TrainSettings) -> dict[str, Any]:
@@ -120,7 +121,7 @@ class _Run:
             if progress.step >= plan.max_steps - 1 and progress.finished_step:
                 self.say(f"Nothing to do: step {progress.step} is the last of {plan.max_steps}. More: --max_steps N.")
                 return self._finish(plan, progress, finished=True)
-            self._introduce(plan, loader, model, runtime, val_set)
+            introduce(self.say, self.settings, plan, loader, model, runtime, has_val=val_set is not None)
             self._check_forward(trainer, loader, progress)
             self._restore_rng(start, progress)
             finished = trainer.run()
@@ -288,53 +289,7 @@ class _Run:
             )
         rng.seed_everything(rng.derived_seed(self.settings.seed, progress.step + 1, self.here.rank))
 
-    # -- what it says ------------------------------------------------------------------------------------------------
-
-    def _introduce(
-        self, plan: StepPlan, loader: Loader, model: GPT, runtime: Runtime, val_set: TokenSet | None
-    ) -> None:
-        """The summary at the start: what runs, on what, how long."""
-        settings, say = self.settings, self.say
-        tuning = isinstance(settings, FinetuneSettings)
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        total = model.num_params()
-        say(f"{'Fine-tuning' if tuning else 'Pretraining'} configuration:")
-        rows = {
-            "Mode": "full fine-tuning" if tuning else f"from scratch, preset {settings.preset}",
-            "Data": loader.describe(),
-            "Learning rate": f"{settings.max_lr:g}",
-            "Epochs": f"{plan.epochs:.3g}",
-            "Samples": f"{plan.windows_per_epoch:,} windows an epoch",
-            "Batch size": f"{plan.micro_batch} x {plan.world_size} processes",
-            "Gradient accumulation steps": plan.grad_accum,
-            "Effective batch size": f"{plan.windows_per_step} windows = {plan.tokens_per_step:,} tokens",
-            "Sequence length": plan.block_size,
-            "Gradient clipping": settings.max_grad_norm or "off",
-            "Weight decay": settings.weight_decay,
-            "LR schedule": f"{settings.lr_schedule}, down to {settings.min_lr_ratio:g} of the peak",
-            "Warm-up steps": plan.warmup_steps,
-            "Optimizer": settings.optimizer,
-            "Dropout": settings.dropout,
-            "Device": self.here.device,
-        }
-        for name, value in rows.items():
-            say(f"  {name}: {value}")
-        for reason in runtime.reasons:
-            say(f"    {reason}")
-        say(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
-        if settings.epochs is not None:
-            tokens = plan.max_steps * plan.tokens_per_step
-            say(f"--epochs {settings.epochs:g} = {plan.max_steps} steps = {tokens:,} tokens")
-        if plan.steps_per_epoch < 1:
-            say(f"Note: one step covers {1 / plan.steps_per_epoch:.1f} epochs of this data; lower --total_batch_size")
-        if val_set is None:
-            say(
-                "Note: the data set has no validation split: nothing is evaluated (prepare_data.py --val_fraction 0.05)"
-            )
-        say("***** Running training *****")
-        say(f"  Num examples = {plan.windows_per_epoch}")
-        say(f"  Num Epochs = {plan.epochs:.3g}")
-        say(f"  Total optimization steps = {plan.max_steps}")
+    # -- before the first step and after the last --------------------------------------------------------------------
 
     def _check_forward(self, trainer: Trainer, loader: Loader, progress: Progress) -> None:
         """One batch forward before any training, and the validation loss of the weights as they come."""
@@ -365,7 +320,7 @@ class _Run:
         if finished:
             from report.curves import plot_curves
 
-            self.say(f"Finished {plan.max_steps} steps: {_outcome(progress)}")
+            self.say(f"Finished {plan.max_steps} steps: {outcome(progress)}")
             self.say(f"Checkpoint: {summary['checkpoint']}")
             self.say(f"Curves: {plot_curves(self.folder.path)}")
         return summary
@@ -383,17 +338,3 @@ class _Run:
             "checkpoint": str(self.folder.checkpoint_path(progress.step)),
             "log_dir": str(self.folder.path),
         }
-
-
-def _outcome(progress: Progress) -> str:
-    """How the losses ended, in words."""
-    parts = [f"training loss {progress.last_record['loss']:.4f}"]
-    if progress.val_loss is not None:
-        parts.append(
-            f"validation loss {progress.val_loss:.4f} (perplexity {math.exp(min(progress.val_loss, 700)):.2f})"
-        )
-    if progress.val_loss_before is not None:
-        parts.append(f"before {progress.val_loss_before:.4f}")
-    if progress.best_step is not None:
-        parts.append(f"best {progress.best_val_loss:.4f} at step {progress.best_step}")
-    return ", ".join(parts)

@@ -103,9 +103,8 @@ class RunFolder:
         for file in files:
             os.replace(file, aside / file.name)
         what = "an earlier run" if after_step is None else f"checkpoints later than step {after_step}"
-        say(
-            f"{self.path} held {what}: moved to {aside} ({len(files)} files). --auto_resume goes on with a run instead."
-        )
+        hint = " (--auto_resume would have gone on with it)" if after_step is None else ""
+        say(f"{self.path} held {what}: moved to {aside} ({len(files)} files){hint}.")
 
     def write_status(self, state: str, **more: Any) -> None:
         """status.json tells a supervisor what the exit code cannot: running, finished, stopped or failed."""
