@@ -119,19 +119,22 @@ def _kind_of_row(where: str, row: Any) -> Kind:
         return "instruction"  # before "text": some instruction sets carry their rendered text as well
     if isinstance(row, dict) and "text" in row:
         return "text"
-    found = f"the fields {', '.join(map(repr, row)) or 'none'}" if isinstance(row, dict) else type(row).__name__
-    raise ValueError(
-        f"{where}: expected a field 'text', or 'instruction' and 'response' or 'output'; found {found}"[:400]
-    )
+    wanted = "a field 'text', or 'instruction' and 'response' or 'output'"
+    raise ValueError(f"{where}: expected {wanted}; found {_fields_of(row)}"[:400])
 
 
 def _text_of(where: str, row: Any) -> str:
     if not isinstance(row, dict) or "text" not in row:
-        found = f"the fields {', '.join(map(repr, row)) or 'none'}" if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{where}: the record has no field 'text'; found {found}"[:400])
+        raise ValueError(f"{where}: the record has no field 'text'; found {_fields_of(row)}"[:400])
     if not isinstance(row["text"], str | None):
         raise ValueError(f"{where}: the field 'text' is {type(row['text']).__name__}, expected text")
     return row["text"] or ""
+
+
+def _fields_of(row: Any) -> str:
+    if not isinstance(row, dict):
+        return type(row).__name__
+    return f"the fields {', '.join(map(repr, row))}" if row else "no fields"
 
 
 # ---- files
