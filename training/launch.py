@@ -30,7 +30,7 @@ from training.runtime import Runtime, choose_runtime
 from training.saver import Saver, describe
 from training.settings import is_explicit, to_dict, to_yaml
 from training.start import Start, choose_start, with_checkpoint_settings, with_preset_defaults
-from training.step_plan import StepPlan, plan_steps, resolved
+from training.step_plan import StepPlan, check_settings, plan_steps, resolved
 from training.stop import StopRequest
 from training.summary import introduce, outcome
 
@@ -86,6 +86,7 @@ class _Run:
             assert start.path is not None
             self.say(f"Resuming from {describe(start.path, start.payload)}; settings not given here come from it")
             self.settings = with_checkpoint_settings(self.settings, start.payload.get("settings", {}), self.say)
+        check_settings(self.settings)
         train_set, val_set = self._open_data(start)
         model = self._network(start, train_set)
         plan, loader = self._plan(train_set, model)
@@ -212,8 +213,6 @@ class _Run:
                 raise ValueError(f"--block_size {block_size}: the model's context is {limit} tokens")
             self.say(f"block_size {limit}: the model's context")
             block_size = limit
-        if settings.batch_size < 1 or block_size < 1:
-            raise ValueError(f"--batch_size {settings.batch_size} --block_size {block_size}: expected at least 1")
         loader = Loader(
             train_set,
             batch_size=settings.batch_size,

@@ -163,9 +163,11 @@ class Wandb:
                 "--wandb: no API key: set WANDB_API_KEY or run `wandb login`, or set WANDB_MODE=offline to log without"
             )
         # The id is kept in checkpoints, so that a resumed run goes on in the same place.
-        self.run = wandb.init(
-            project=project, config=config, dir=str(folder), id=run_id, resume="allow", name=folder.name
-        )
+        where: dict[str, Any] = {"project": project, "dir": str(folder), "name": folder.name, "mode": mode}
+        try:
+            self.run = wandb.init(config=config, id=run_id, resume="allow", **where)
+        except wandb.Error as error:
+            raise ValueError(f"--wandb: {' '.join(str(error).split())}") from None
         self.run_id: str = self.run.id
 
     def log(self, record: dict[str, Any]) -> None:

@@ -57,8 +57,7 @@ class StepPlan:
 
 def plan_steps(settings: RunSettings, block_size: int, windows_per_epoch: int, world_size: int) -> StepPlan:
     """Settle the batch split and the length of the run. Raises ValueError where explicit settings conflict."""
-    _refuse_conflicts(settings)
-    _check_ranges(settings)
+    check_settings(settings)
     grad_accum = _accumulation(settings, block_size, world_size)
     windows_per_step = settings.batch_size * grad_accum * world_size
     steps_per_epoch = windows_per_epoch / windows_per_step
@@ -95,10 +94,11 @@ def plan_steps(settings: RunSettings, block_size: int, windows_per_epoch: int, w
     )
 
 
-def _check_ranges(settings: RunSettings) -> None:
-    """Raises ValueError for the first number that makes no sense; what has its own unit is checked where it is used."""
+def check_settings(settings: RunSettings) -> None:
+    """Raises ValueError for settings that conflict, and for the first number that makes no sense."""
+    _refuse_conflicts(settings)
     whole = ("batch_size", "block_size", "total_batch_size", "max_steps", "sample_tokens")
-    for name in (*whole, "grad_accum_steps", "log_interval", "eval_batch_size"):
+    for name in (*whole, "grad_accum_steps", "log_interval", "eval_batch_size", "max_samples"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: expected at least 1")
