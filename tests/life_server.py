@@ -1,253 +1,42 @@
 """The parent of all lives: it has imported what a run needs and trained nothing. Each life is a fork of it.
 
-A life starts in 0.02 s in place of 4. It must be a fork of a process with one thread in which autograd's engine has
+A life begins to train after 0.1 s in place of 4. It must be a fork of a process with one thread in which autograd's engine has
 never run, which pytest's own process cannot promise: hence this process of its own, which tests/lives.py starts.
-One JSON request a line comes in, one JSON outcome a line goes out.
+One JSON request a line comes in, one JSON list of outcomes, one a process, goes out.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
-import mmap
 import os
-import re
+import select
 import signal
-import stat
+import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-import formats.checkpoint as checkpoint  # noqa: E402
 import report.curves as curves  # noqa: E402
 import training.launch as launch  # noqa: E402
-import training.loop as loop  # noqa: E402
-import training.metrics as metrics  # noqa: E402
-import training.recorder as recorder  # noqa: E402
-import training.saver as saver  # noqa: E402
 import training.stop as stop  # noqa: E402
-from data.loader import Loader  # noqa: E402
 from model.config import PRESETS  # noqa: E402
+from tests.life_watch import BlackBox, Watch, put, sabotage, watch_files, watch_training  # noqa: E402
 from tests.tiny import finetune_settings, train_settings  # noqa: E402
-from training.progress import Progress  # noqa: E402
 from training.run_settings import FinetuneSettings, TrainSettings  # noqa: E402
 from training.settings import parse  # noqa: E402
 
-TEMPORARY = re.compile(r"^\.tmp-(.*)-\d+$")
-BOX_BYTES = 1 << 22
 HUNG_S = 120.0  # a life that takes longer is ended and told as hung
-
-
-def put(owner: Any, **values: Any) -> None:
-    """Replace attributes for the rest of this process's life."""
-    for name, value in values.items():
-        setattr(owner, name, value)
-
-
-class BlackBox:
-    """One line an event, in memory that the parent shares: SIGKILL leaves it whole. [length: 8 bytes][text]"""
-
-    def __init__(self) -> None:
-        self.memory = mmap.mmap(-1, BOX_BYTES)
-        self.length = memoryview(self.memory)[:8].cast("q")
-
-    def note(self, event: str) -> None:
-        """Text first, length after: an event is there once it is whole."""
-        line = event.encode() + b"\n"
-        start = 8 + self.length[0]
-        assert start + len(line) <= BOX_BYTES, "this life has more events than the box holds"
-        self.memory[start : start + len(line)] = line
-        self.length[0] += len(line)
-
-    def events(self) -> list[str]:
-        return self.memory[8 : 8 + self.length[0]].decode().splitlines()
-
-
-class Watch:
-    """Sees each event of a life just before it happens, and strikes at the chosen ones.
-
-    An event reads `KIND NAME@STEP`, where STEP is the last completed update (`start` before there is one), as in
-    `fsync model_00003.pt@3`. A strike is {at: pattern, nth: count from 0, signal: number}.
-    """
-
-    def __init__(self, box: BlackBox, strikes: list[dict[str, Any]]) -> None:
-        self.box, self.strikes = box, strikes
-        self.seen = [0] * len(strikes)
-        self.step = "start"
-        self.names: dict[int, str] = {}  # of open files
-        self.last_change = ""  # what a flush of the folder makes durable
-
-    def event(self, kind: str, name: object, torn: Callable[[], object] | None = None) -> None:
-        """Note it; where it is struck by SIGKILL in the middle of a write, half of that is on disk."""
-        text = f"{kind} {name}@{self.step}"
-        self.box.note(text)
-        for index, strike in enumerate(self.strikes):
-            if not fnmatchcase(text, strike["at"]):
-                continue
-            self.seen[index] += 1
-            if self.seen[index] - 1 == strike["nth"]:
-                if strike["signal"] == signal.SIGKILL and torn is not None:
-                    torn()
-                os.kill(os.getpid(), strike["signal"])
-
-    # -- files ---------------------------------------------------------------------------------------------------
-
-    def open(self, path: Any, mode: str = "r", **options: Any) -> Any:
-        """Stands in for `open` in the modules that write a run's files."""
-        file = open(path, mode, **options)  # noqa: SIM115 -- closed by whom it was opened for
-        name = final_name(path)
-        if mode == "rb" or name == "training.log":  # prose: no run depends on it
-            return file
-        self.names[file.fileno()] = name
-        return _WatchedFile(self, file, name)
-
-    def watch_system(self) -> None:
-        """os.fsync, os.replace and Path.unlink report here before they act."""
-        real_fsync, real_replace, real_unlink = os.fsync, os.replace, Path.unlink
-
-        def fsync(handle: int) -> None:
-            folder = stat.S_ISDIR(os.fstat(handle).st_mode)
-            self.event("fsync", f"folder-of-{self.last_change}" if folder else self.names.get(handle, "unknown"))
-            real_fsync(handle)
-
-        def replace(source: Any, target: Any) -> None:
-            aside = Path(target).parent.name.startswith("earlier-")
-            self.event("aside" if aside else "rename", Path(target).name)
-            real_replace(source, target)
-            self.last_change = Path(target).name
-
-        def unlink(path: Path, missing_ok: bool = False) -> None:
-            self.event("unlink", "temporary" if TEMPORARY.match(path.name) else path.name)
-            real_unlink(path, missing_ok=missing_ok)
-            self.last_change = path.name
-
-        put(os, fsync=fsync, replace=replace)
-        put(Path, unlink=unlink)
-
-
-class _WatchedFile:
-    """A file that reports each write."""
-
-    def __init__(self, watch: Watch, file: IO[bytes], name: str) -> None:
-        self._watch, self._file, self._name = watch, file, name
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-
-        def half() -> None:
-            self._file.write(view[: len(view) // 2])
-            self._file.flush()
-
-        self._watch.event("write", self._name, torn=half)
-        return self._file.write(view)
-
-    def writelines(self, lines: list[bytes]) -> None:
-        for line in lines:
-            self.write(line)
-
-    def __enter__(self) -> _WatchedFile:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-
-def final_name(path: Any) -> str:
-    """The name that a temporary file is to get."""
-    match = TEMPORARY.match(Path(path).name)
-    return match[1] if match else Path(path).name
-
-
-def watch_files(watch: Watch) -> None:
-    """Every write, flush, rename and removal of a run's files."""
-    for module in (checkpoint, metrics):
-        put(module, open=watch.open)  # shadows the built-in there
-    watch.watch_system()
-    real_save = saver.save_checkpoint
-
-    def save_checkpoint(path: Any, payload: dict[str, Any]) -> int:
-        watch.event("save", Path(path).name)
-        size = real_save(path, payload)
-        watch.event("saved", Path(path).name)
-        return size
-
-    put(saver, save_checkpoint=save_checkpoint)
-
-
-def watch_training(watch: Watch) -> None:
-    """Micro-batches, completed steps, evaluation batches and sampled tokens."""
-    trainer = loop.Trainer
-    real_run, real_micro, real_count = trainer.run, trainer._micro_step, trainer._count
-    real_batches, real_generate = loop.eval_batches, recorder.generate
-
-    def run(self: Any) -> bool:
-        watch.step = str(self.progress.step)
-        watch.event("begin", self.progress.step)
-        return real_run(self)
-
-    def micro_step(self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        watch.event("micro", f"{self.progress.step + 1}:{batch.samples[0]}")
-        return real_micro(self, batch, *args, **kwargs)
-
-    def count(self: Any, step: int, done: Any) -> None:
-        watch.step = str(step)
-        watch.event("step", step)
-        real_count(self, step, done)
-
-    def eval_batches(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        for number, batch in enumerate(real_batches(*args, **kwargs)):
-            watch.event("eval", number)
-            yield batch
-
-    def generate(*args: Any, on_token: Callable[[int, int], None], **kwargs: Any) -> Any:
-        def token(row: int, value: int) -> None:
-            watch.event("token", row)
-            on_token(row, value)
-
-        return real_generate(*args, on_token=token, **kwargs)
-
-    put(trainer, run=run, _micro_step=micro_step, _count=count)
-    put(loop, eval_batches=eval_batches)
-    put(recorder, generate=generate)
-
-
-def sabotage(kind: str) -> None:
-    """Break one part of resuming, to show that the comparisons would notice."""
-    if kind == "rng":
-        put(launch.rng, set_rng_state=lambda state: launch.rng.seed_everything(0))
-    elif kind == "optimizer":
-        put(launch, load_optimizer_state=lambda model, optimizers, saved: None)
-    elif kind == "loader":
-        load_state = Loader.load_state
-
-        def one_batch_late(self: Loader, state: dict[str, Any]) -> None:
-            load_state(self, {**state, "sample": state["sample"] + self.batch_size})
-
-        put(Loader, load_state=one_batch_late)
-    elif kind == "scaler":
-        put(torch.amp.GradScaler, load_state_dict=lambda self, state: None)
-    elif kind == "progress":
-        put(Progress, from_dict=classmethod(lambda cls, values: cls(step=values["step"])))
-    else:
-        raise AssertionError(f"unknown sabotage {kind}")
-
-
-# -- one life --------------------------------------------------------------------------------------------------------
 
 
 def settings_of(request: dict[str, Any]) -> TrainSettings | FinetuneSettings:
@@ -261,13 +50,13 @@ def settings_of(request: dict[str, Any]) -> TrainSettings | FinetuneSettings:
     return train_settings(data, folder, **changes)
 
 
-def live(request: dict[str, Any], box: BlackBox) -> int:
+def live(request: dict[str, Any], rank: int, box: BlackBox) -> int:
     """In the child: run to the end, or to the strike; returns the exit code that a script would give."""
-    watch = Watch(box, request["strikes"])
+    watch = Watch(box, [strike for strike in request["strikes"] if strike["rank"] == rank])
     watch_files(watch)
-    watch_training(watch)
+    watch_training(watch, draws=request["argv"] is None)
     for kind in request["sabotage"]:
-        sabotage(kind)
+        sabotage(kind, watch)
     put(stop, FORWARDED_S=request["forwarded_s"])
     if not request["plots"]:  # a picture takes as long as the rest of a life
         put(curves, plot_curves=lambda folder: (folder / "curves.png").write_bytes(b""))
@@ -276,47 +65,77 @@ def live(request: dict[str, Any], box: BlackBox) -> int:
         summary = launch.finetune(settings) if isinstance(settings, FinetuneSettings) else launch.pretrain(settings)
         watch.event("returned", "run")
         box.note(f"summary {json.dumps(summary)}")
-    except (ValueError, OSError) as error:
+    except BaseException as error:
         traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BaseException:
-        traceback.print_exc()
-        return 1
+        return 2 if isinstance(error, (ValueError, OSError)) else 1
     return 0
 
 
-def fork(request: dict[str, Any]) -> dict[str, Any]:
-    """One life, from fork to death."""
+def lives(request: dict[str, Any]) -> list[dict[str, Any]]:
+    """All processes of a run, from fork to death."""
     assert threading.active_count() == 1, "a fork would copy a thread's locks without the thread"
-    box, started = BlackBox(), time.monotonic()
+    started = time.monotonic()
+    boxes = [BlackBox() for _ in range(request["ranks"])]
+    group = process_group(len(boxes))
+    children = [fork(request, rank, box, group) for rank, box in enumerate(boxes)]
+    ends = wait(children, request["after_s"], started)
+    return [{**end, "events": box.events()} for end, box in zip(ends, boxes)]
+
+
+def process_group(size: int) -> dict[str, str]:
+    """What torchrun would tell each process, but for its rank; empty for one process."""
+    if size == 1:
+        return {}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    group = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    return {name: str(value) for name, value in group.items()}
+
+
+def fork(request: dict[str, Any], rank: int, box: BlackBox, group: dict[str, str]) -> tuple[int, int]:
+    """One process; returns its id, and the end of a pipe that closes when it dies."""
+    dies, lives_on = os.pipe()
     pid = os.fork()
-    if pid == 0:
-        code = 3
-        with contextlib.suppress(BaseException):
-            log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            for number, handle in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
-                os.dup2(handle, number)
-            code = live(request, box)
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
-    code, hung = _wait(pid, request["after_s"], started)
-    return {"pid": pid, "code": code, "hung": hung, "events": box.events(), "seconds": time.monotonic() - started}
+    if pid:
+        os.close(lives_on)
+        return pid, dies
+    code = 3
+    with contextlib.suppress(BaseException):
+        log = os.open(request["logs"][rank], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for number, handle in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
+            os.dup2(handle, number)
+        if group:
+            os.environ.update(group, RANK=str(rank), LOCAL_RANK=str(rank))
+        code = live(request, rank, box)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
-def _wait(pid: int, after_s: float | None, started: float) -> tuple[int, bool]:
-    """The exit code (negative: the signal), and whether the life had to be ended. SIGKILL comes `after_s`, if given."""
-    hung = False
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status), hung
-        age = time.monotonic() - started
-        hung = age > HUNG_S
-        if hung or (after_s is not None and age >= after_s):
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(0.0005)
+def wait(children: list[tuple[int, int]], after_s: float | None, started: float) -> list[dict[str, Any]]:
+    """For each process its exit code (negative: the signal), how long it lived, and whether it hung.
+
+    SIGKILL comes after `after_s` seconds, if given, else when a life has hung.
+    """
+    pids = {dies: pid for pid, dies in children}
+    ends: dict[int, dict[str, Any]] = {}
+    limit = HUNG_S if after_s is None else after_s
+    killed = False
+    while pids:
+        patience = None if killed else max(0.0, started + limit - time.monotonic())
+        ready, _, _ = select.select(list(pids), [], [], patience)
+        for dies in ready:
+            pid = pids.pop(dies)
+            os.close(dies)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            hung = killed and after_s is None
+            ends[pid] = {"pid": pid, "code": code, "hung": hung, "seconds": time.monotonic() - started}
+        if not ready:
+            killed = True
+            for pid in pids.values():
+                os.kill(pid, signal.SIGKILL)
+    return [ends[pid] for pid, _ in children]
 
 
 def warm_up() -> None:
@@ -334,8 +153,9 @@ def warm_up() -> None:
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
 
-    np.random.get_state()
-    model.zero_grad(set_to_none=True)
+    del model, parameter
+    gc.collect()
+    gc.freeze()  # a collection in a child would touch, and so copy, every page of this process
 
 
 def serve() -> None:
@@ -346,7 +166,7 @@ def serve() -> None:
     print(json.dumps({"threads": len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1}),
           file=answers, flush=True)  # fmt: skip
     for line in sys.stdin:
-        print(json.dumps(fork(json.loads(line))), file=answers, flush=True)
+        print(json.dumps(lives(json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":

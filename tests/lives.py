@@ -5,7 +5,7 @@
     run.live()                                      # --auto_resume, to the end
     assert not differences(run.folder, uninterrupted.folder)
 
-Each life is a process of its own, forked from tests/life_server.py, where the events that can be struck are described.
+Each life is a process of its own, forked from tests/life_server.py; tests/life_watch.py describes the events.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Strike:
     at: str
     nth: int = 0
     signal: int = signal.SIGKILL
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,23 +121,25 @@ class LifeServer:
         assert threads == 1, f"the server of lives has {threads} threads: forks of it may hang"
         atexit.register(self.close)
 
-    def live(self, **request: Any) -> Life:
-        """One life, from its beginning to its end."""
-        log = self.folder / f"life-{next(self._numbers):04d}.log"
-        log.touch()
+    def live(self, *, ranks: int, **request: Any) -> list[Life]:
+        """One life of each process of a run, from its beginning to its end."""
+        logs = [self.folder / f"life-{next(self._numbers):04d}.log" for _ in range(ranks)]
+        for log in logs:
+            log.touch()
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({**request, "log": str(log)}) + "\n")
+        self._process.stdin.write(json.dumps({**request, "ranks": ranks, "logs": list(map(str, logs))}) + "\n")
         self._process.stdin.flush()
-        life = Life(**self._answer(), log=log)
-        assert not life.hung, f"a life hung: {life.describe()}"
-        assert life.code != 3, f"a life could not start: {life.describe()}"
-        return life
+        lives = [Life(**end, log=log) for end, log in zip(self._answer(), logs)]
+        for life in lives:
+            assert not life.hung, f"a life hung: {life.describe()}"
+            assert life.code != 3, f"a life could not start: {life.describe()}"
+        return lives
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self) -> Any:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         assert line, "the server of lives died; its error is in the captured output"
-        return dict(json.loads(line))
+        return json.loads(line)
 
     def close(self) -> None:
         if self._process.stdin is not None:
@@ -211,11 +214,24 @@ class Run:
     changes: dict[str, Any] = field(default_factory=dict)  # to the tiny settings of tests/tiny.py
     lives: list[Life] = field(default_factory=list)
 
-    def live(self, *strikes: Strike, after_s: float | None = None, sabotage: Sequence[str] = (),
-             forwarded_s: float = 3.0, plots: bool = False, argv: Sequence[str] | None = None,
-             **more: Any) -> Life:  # fmt: skip
-        """Start, or go on by --auto_resume, until a strike ends it, SIGKILL comes `after_s` seconds, or it is done."""
-        life = server().live(
+    def live(self, *strikes: Strike, **options: Any) -> Life:
+        """Start, or go on by --auto_resume, until a strike ends it or it is done. Options: see `live_together`."""
+        (life,) = self.live_together(*strikes, ranks=1, **options)
+        return life
+
+    def live_together(
+        self,
+        *strikes: Strike,
+        ranks: int,
+        after_s: float | None = None,  # SIGKILL comes after so many seconds
+        sabotage: Sequence[str] = (),  # parts of resuming to break
+        forwarded_s: float = 3.0,  # within which an equal signal counts as forwarded
+        plots: bool = False,  # draw curves.png in earnest
+        argv: Sequence[str] | None = None,  # a command line in place of the tiny settings
+        **more: Any,  # changes to the settings, for this life only
+    ) -> list[Life]:
+        """The same as several processes under gloo; the life of each rank, of which the first is kept in `lives`."""
+        lives = server().live(
             kind=self.kind,
             data_dir=str(self.data_dir),
             log_dir=str(self.folder),
@@ -223,13 +239,14 @@ class Run:
             argv=argv,
             changes={"auto_resume": True, **self.changes, **more},
             strikes=[strike.__dict__ for strike in strikes],
+            ranks=ranks,
             after_s=after_s,
             sabotage=list(sabotage),
             forwarded_s=forwarded_s,
             plots=plots,
         )
-        self.lives.append(life)
-        return life
+        self.lives.append(lives[0])
+        return lives
 
     def checkpoint(self, step: int) -> Path:
         return self.folder / f"model_{step:05d}.pt"
@@ -316,6 +333,12 @@ def checkpoint_differences(one: Path, other: Path) -> list[str]:
 
 def entries(path: Path) -> dict[str, Any]:
     """Every value of a checkpoint under its dotted name, floats and tensors by their bits."""
+    now = path.stat()
+    return _entries(path, now.st_ino, now.st_mtime_ns, now.st_size)
+
+
+@functools.lru_cache(maxsize=100)  # references are compared with again and again
+def _entries(path: Path, *version: int) -> dict[str, Any]:
     payload = load_checkpoint(path, require_digest=True)
     for name in PER_LIFE:
         payload["settings"].pop(name)

@@ -230,3 +230,16 @@ def test_nothing_is_renamed_before_it_is_on_disk_nor_removed_before_its_successo
         elif kind == "unlink" and name != "temporary":
             assert not unlisted, f"{event}: {unlisted} may not be in the folder yet"
     assert renamed >= 5 and not dirty - {"metrics.jsonl"}
+
+
+def test_without_a_temporary_file_the_same_kill_is_seen(tmp_path: Path) -> None:
+    # That the kills would tear a checkpoint which is written in place; and that the digest then tells.
+    run = pretraining(tmp_path / "run")
+    life = run.live(Strike("write model_00006.pt@6", nth=300), sabotage=["atomic"])
+    assert life.killed and run.steps_on_disk() == [3, 6]
+    with pytest.raises(ValueError, match="ends without a digest"):
+        load_checkpoint(run.checkpoint(6))
+    last = run.live()
+    assert last.code == 0 and last.began_after == 3
+    assert "model_00006.pt: ends without a digest" in last.log.read_text()
+    assert not differences(run.folder, uninterrupted(run).folder)

@@ -86,7 +86,7 @@ def test_the_comparison_runs_on_something_that_moves(case: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("case", "broken", "seen_in"),
     [
-        ("pretrain", "rng", ["rng.0.torch", "model.wte.weight", "metrics.jsonl"]),
+        ("pretrain", "rng", ["rng.0.torch", "rng.0.numpy", "rng.0.python", "model.wte.weight", "metrics.jsonl"]),
         ("finetune", "rng", ["rng.0.torch", "model.wte.weight", "metrics.jsonl"]),
         ("pretrain", "loader", ["train_loader_state.sample", "model.wte.weight", "metrics.jsonl"]),
         ("finetune", "loader", ["train_loader_state.sample", "model.wte.weight", "metrics.jsonl"]),

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +22,7 @@ from tests.lives import (
     checkpoint_differences,
     differences,
     finetuning,
+    pretrained,
     pretraining,
     records,
     uninterrupted,
@@ -117,8 +123,8 @@ def test_a_stop_in_an_evaluation_in_a_sample_and_between(first: int, tmp_path: P
     check_finish(run)
 
 
-SAVE_MOMENTS = ("save model_00003.pt", "write model_00003.pt", "fsync model_00003.pt", "rename model_00003.pt")
-SAVE_MOMENTS += ("fsync folder-of-model_00003.pt", "saved model_00003.pt")
+SAVE_MOMENTS = [f"{kind} model_00003.pt@3" for kind in ("save", "write", "fsync", "rename", "saved")]
+SAVE_MOMENTS += ["fsync folder-of-model_00003.pt@3"]
 
 
 def test_a_stop_in_a_save(tmp_path: Path) -> None:
@@ -127,7 +133,7 @@ def test_a_stop_in_a_save(tmp_path: Path) -> None:
     for number, moment in enumerate(SAVE_MOMENTS):
         run = Run(start.kind, start.data_dir, tmp_path / f"stop-{number}", start.changes)
         shutil.copytree(start.folder, run.folder)
-        life = stop_at(run, f"{moment}@3", SIGNALS[number % 2])
+        life = stop_at(run, moment, SIGNALS[number % 2])
         assert life.steps == [3], "the save is finished, no step is begun"
         assert check_is_end_of_step(run)
         check_finish(run)
@@ -171,3 +177,134 @@ def test_a_forwarded_signal_after_the_run_has_stopped_does_not_spoil_the_exit_co
 def test_signals_do_what_they_did_once_a_run_has_ended(tmp_path: Path) -> None:
     life = pretraining(tmp_path / "run").live(Strike("returned *", signal=signal.SIGTERM))
     assert life.code == -signal.SIGTERM, life.describe()
+
+
+# -- several processes -----------------------------------------------------------------------------------------------
+
+
+def two_ranks(folder: Path) -> Run:
+    return pretraining(folder, total_batch_size=1024)
+
+
+@pytest.fixture(scope="module")
+def whole_of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = two_ranks(tmp_path_factory.mktemp("ranks") / "whole")
+    assert [life.code for life in run.live_together(ranks=2, checkpoint_interval=1, keep_last_n_checkpoints=0)] == [
+        0,
+        0,
+    ]
+    return run
+
+
+def test_all_processes_stop_at_the_same_step_when_one_gets_the_signal(whole_of_two_ranks: Run, tmp_path: Path) -> None:
+    run = two_ranks(tmp_path / "run")
+    moments = (("micro 2:*", 1), ("eval 1@4", 1), ("token 0@4", 0), ("micro 6:*", 0))
+    for number, (moment, rank) in enumerate(moments):
+        lives = run.live_together(Strike(moment, signal=SIGNALS[number % 2], rank=rank), ranks=2)
+        assert [life.code for life in lives] == [0, 0], lives[rank].describe()
+        assert lives[0].steps == lives[1].steps and not lives[0].summary["finished"]
+        assert lives[0].summary["step"] == lives[1].summary["step"] == run.newest
+        assert run.status() == {"state": "stopped", "step": run.newest}
+    assert [life.code for life in run.live_together(ranks=2)] == [0, 0]
+    assert not differences(run.folder, whole_of_two_ranks.folder)
+
+
+def test_a_process_that_is_killed_ends_the_others_and_harms_nothing(whole_of_two_ranks: Run, tmp_path: Path) -> None:
+    run = two_ranks(tmp_path / "run")
+    for moment, rank in (("micro 4:*", 1), ("write model_00006.pt@6", 0)):
+        lives = run.live_together(Strike(moment, rank=rank), ranks=2)
+        assert lives[rank].killed and lives[1 - rank].code == 1
+        assert run.newest == 3
+        assert not checkpoint_differences(run.checkpoint(3), whole_of_two_ranks.checkpoint(3))
+    assert [life.code for life in run.live_together(ranks=2)] == [0, 0]
+    assert not differences(run.folder, whole_of_two_ranks.folder)
+
+
+# -- the scripts, as a user starts them ------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "--device cpu --batch_size 4 --dropout 0.1 --seed 3 --sample_tokens 2 --checkpoint_interval 4 --eval_interval 8"
+SMALL += " --generate_interval 8 --max_eval_samples 8 --keep_last_n_checkpoints 0"
+# Steps enough for a signal to come before the end: 30 ms each in pretraining, 5 ms in fine-tuning.
+PRETRAIN = "--preset tiny --block_size 32 --total_batch_size 256 --max_steps 16"
+FINETUNE = "--block_size 128 --total_batch_size 1024 --max_steps 60"
+
+
+def script(kind: str, folder: Path) -> tuple[Run, list[str]]:
+    """A run by command line, and its words after `python SCRIPT`."""
+    run = (finetuning if kind == "finetune" else pretraining)(folder)
+    words = (
+        ["--pretrained_checkpoint", str(pretrained()), *FINETUNE.split()] if kind == "finetune" else PRETRAIN.split()
+    )
+    return run, [*words, *SMALL.split(), "--data_dir", str(run.data_dir), "--log_dir", str(folder)]
+
+
+def start(kind: str, words: list[str], launcher: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    """The script in a process of its own, its output in a file beside the run's folder."""
+    name = "finetune_dolly.py" if kind == "finetune" else "train_gpt2.py"
+    log = Path(words[-1]).with_suffix(".out")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with open(log, "ab") as output:
+        return subprocess.Popen(
+            [sys.executable, *launcher, str(ROOT / name), *words], stdout=output, stderr=output, env=environment
+        )
+
+
+def signal_when_saved(process: subprocess.Popen[bytes], file: Path, number: int) -> int:
+    """Send it as soon as the checkpoint is there; returns the exit code."""
+    while not file.exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(number)
+    return process.wait(120)
+
+
+def check_script(kind: str, number: int, tmp_path: Path) -> None:
+    """Struck after its first checkpoint, the same command with --auto_resume ends like a run that nobody disturbed."""
+    run, words = script(kind, tmp_path / "run")
+    code = signal_when_saved(start(kind, words), run.checkpoint(4), number)
+    output = (tmp_path / "run.out").read_text()
+    assert code == (-number if number == signal.SIGKILL else 0), output
+    assert run.status()["state"] == ("running" if number == signal.SIGKILL else "stopped"), (
+        "it was struck after its end"
+    )
+    assert start(kind, ["--auto_resume", *words]).wait(120) == 0, (tmp_path / "run.out").read_text()
+    assert "Resuming from" in (tmp_path / "run.out").read_text().removeprefix(output)
+
+    whole, words = script(kind, tmp_path / "whole")
+    life = whole.live(argv=words)
+    assert life.code == 0, life.describe()
+    assert not differences(run.folder, whole.folder)
+    assert run.status() == whole.status()
+    assert (run.folder / "curves.png").stat().st_size > 10_000
+
+
+def test_train_gpt2_killed_and_resumed(tmp_path: Path) -> None:
+    check_script("pretrain", signal.SIGKILL, tmp_path)
+
+
+def test_finetune_dolly_stopped_and_resumed(tmp_path: Path) -> None:
+    check_script("finetune", signal.SIGTERM, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "number"), [("pretrain", signal.SIGINT), ("finetune", signal.SIGKILL)])
+def test_the_scripts_under_the_other_signals(kind: str, number: int, tmp_path: Path) -> None:
+    check_script(kind, number, tmp_path)
+
+
+@pytest.mark.slow
+def test_torchrun_stops_both_processes_when_one_gets_the_signal(tmp_path: Path) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run, words = script("pretrain", tmp_path / "run")
+    agent = start("pretrain", words, torchrun)
+    while not run.checkpoint(4).exists() and agent.poll() is None:
+        time.sleep(0.01)
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGTERM)
+    assert agent.wait(120) == 0, (tmp_path / "run.out").read_text()
+    assert run.status() == {"state": "stopped", "step": run.newest}
+    assert start("pretrain", ["--auto_resume", *words], torchrun).wait(120) == 0
+    whole, words = script("pretrain", tmp_path / "whole")
+    assert start("pretrain", words, torchrun).wait(120) == 0
+    assert not differences(run.folder, whole.folder)
