@@ -142,6 +142,8 @@ def report(size: int, tokens: int, runs: dict[str, list[Run]], peer: str, worker
         seconds, cpu = (statistics.median(values) for values in zip(*runs[side]))
         speed = f"{size / 1e6 / seconds:6.1f} MB/s {tokens / 1e6 / seconds:6.2f} M tokens/s"
         print(f"  {name:<32} {seconds:6.2f} s {speed} {cpu:6.2f} CPU s")
+    best = {side: min(run.time for run in runs[side]) for side in runs}
+    print(f"  best times: {best['ours']:.2f} s and {best['peer']:.2f} s, ratio {best['peer'] / best['ours']:.2f}x")
     for field in Run._fields:
         ratios = [getattr(theirs, field) / getattr(ours, field) for ours, theirs in zip(runs["ours"], runs["peer"])]
         pairs = ", ".join(f"{ratio:.2f}" for ratio in ratios)

@@ -38,6 +38,8 @@ _ARTICLE_OF = {
 }
 _PARTICIPLES = {"called", "raised", "used", "invoked", "equivalent"}
 _DETERMINERS = {"the", "a", "an", "it", "its", "this", "that", "all", "any", "each", "them", "return"}
+_FINITE = {"was", "is", "are", "were", "has", "have", "can", "cannot", "must", "will", "should", "may", "does", "do"}
+_RELATIVE = {"that", "which", "who", "whose", "when", "where", "whether", "if", "as", "what", "how", "for", "to"}
 _UNFIT = re.compile(
     r">>>|->|--|::|;|XXX|TODO|FIXME|deprecat|internal|obsolete|[^\x20-\x7e]|:param|\bself\b|\.\.\.", re.I
 )
@@ -86,6 +88,8 @@ def predicate(sentence: str) -> str | None:
         return _with_second_verb([verb, *words[1:]])
     if first in _PARTICIPLES:
         return " ".join(["is", first, *words[1:]])
+    if _is_clause(words):
+        return None
     if first in ("a", "an", "the"):
         return " ".join(["is", first, *words[1:]])
     if first in _ARTICLE_OF:
@@ -101,6 +105,16 @@ def listed(names: list[str]) -> str:
 def _third_person(word: str) -> str | None:
     """`returns` for `Return` and `Returns`; None for what is no known verb."""
     return _FORMS.get(word.lower())
+
+
+def _is_clause(words: list[str]) -> bool:
+    """Whether these words are a whole sentence ("A boundary was found") and no name ("A boundary that was found")."""
+    for word in words:
+        if word in _FINITE:
+            return True
+        if word in _RELATIVE:
+            return False
+    return False
 
 
 def _with_second_verb(words: list[str]) -> str:

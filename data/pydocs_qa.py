@@ -177,7 +177,13 @@ def _summaries(docstrings: Sequence[Docstring]) -> Iterator[Record]:
         first, _, rest = each.text.partition("\n\n")
         sentence = first_sentence(first)
         rest = without_markup(rest.strip())
-        if sentence is None or not 100 <= len(rest) <= 600 or ">>>" in rest or len(first) > len(sentence) + 8:
+        if (
+            sentence is None
+            or not 100 <= len(rest) <= 600
+            or ">>>" in rest
+            or "(c)" in rest
+            or len(first) > len(sentence) + 8
+        ):
             continue
         response = sentence if each.kind in ("class", "module") else f"It {predicate(sentence) or ''}."
         if response != "It .":

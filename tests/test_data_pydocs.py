@@ -81,6 +81,8 @@ def test_an_answer_of_pydocs_is_true() -> None:
         ("Base class for all readers.", "is the base class for all readers"),
         ("Raised when the file is empty.", "is raised when the file is empty"),
         ("This function tests whether e.g. a file exists.", "tests whether e.g. a file exists"),
+        ("A start boundary was found, but no end.", None),
+        ("A boundary that was found at the start.", "is a boundary that was found at the start"),
         ("Utilities for the reading of files.", None),
         ("Return x -> y for all.", None),
         ("Internal: return the sum of all.", None),
