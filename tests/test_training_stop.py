@@ -139,6 +139,19 @@ def test_a_stop_in_a_save(tmp_path: Path) -> None:
         check_finish(run)
 
 
+def test_a_stop_in_the_first_step_after_resuming_into_another_folder_saves_there(tmp_path: Path) -> None:
+    first, second = pretraining(tmp_path / "first"), pretraining(tmp_path / "second")
+    stop_at(first, "micro 5:*", signal.SIGTERM)
+    life = second.live(
+        Strike("begin *", signal=signal.SIGINT),
+        auto_resume=False,
+        resume=True,
+        checkpoint_path=str(first.checkpoint(4)),
+    )
+    assert life.code == 0 and life.steps == [], life.describe()
+    assert not checkpoint_differences(first.checkpoint(4), second.checkpoint(4))
+
+
 def test_a_stop_while_the_last_checkpoint_is_written_comes_too_late(tmp_path: Path) -> None:
     run = pretraining(tmp_path / "run")
     life = run.live(Strike("write model_00007.pt@7", nth=100, signal=signal.SIGTERM))
