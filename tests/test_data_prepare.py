@@ -264,7 +264,7 @@ def test_batches_come_in_order_and_few_at_a_time(monkeypatch: pytest.MonkeyPatch
 
     found = []
     for number, batch in enumerate(encode_all(items(), BYTES, None, 2)):
-        assert read <= number + 6, "2 * workers + 1 batches are under way, whatever the input's size"
+        assert read <= number + 9, "4 * workers batches are under way, whatever the input's size"
         found.append(BYTES.decode(batch.ids[:2]))
         assert batch.ids.dtype == np.uint16
     assert found == [f"{number:02d}" for number in range(60)]
