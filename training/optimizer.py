@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from training.muon import Float32Muon
+
 State = dict[str, dict[str, dict[str, Any]]]
 
 
@@ -38,7 +40,8 @@ def build_optimizers(
         # One fused kernel per step in place of a dozen per tensor: 3-4x on a CPU.
         optimizers["adamw"] = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=fused)
     if hidden:
-        optimizers["muon"] = torch.optim.Muon(
+        on_cpu = all(parameter.device.type == "cpu" for parameter in hidden.values())
+        optimizers["muon"] = (Float32Muon if on_cpu else torch.optim.Muon)(
             list(hidden.values()), lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
         )
     return optimizers
