@@ -1,6 +1,6 @@
 """The parent of all lives: it has imported what a run needs and trained nothing. Each life is a fork of it.
 
-A life begins to train after 0.1 s in place of 4. It must be a fork of a process with one thread in which autograd's engine has
+A life begins to train after 0.1 s in place of 4. It must be a fork of a process with one thread in which autograd has
 never run, which pytest's own process cannot promise: hence this process of its own, which tests/lives.py starts.
 One JSON request a line comes in, one JSON list of outcomes, one a process, goes out.
 """

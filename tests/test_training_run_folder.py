@@ -257,3 +257,14 @@ def test_a_resumed_run_moves_only_later_checkpoints_aside(tmp_path: Path) -> Non
     assert (tmp_path / "metrics.jsonl").exists()
     folder.set_aside(4, said.append)
     assert len(said) == 1
+
+
+def test_the_best_weights_of_a_course_that_is_left_go_with_it(tmp_path: Path) -> None:
+    folder, said = RunFolder(tmp_path), list[str]()
+    fill(folder)
+    save_checkpoint(tmp_path / "best.pt", {"model": {}, "config": {}, "step": 5})
+    folder.set_aside(4, said.append, new_course=True)
+    assert sorted(os.listdir(tmp_path / "earlier-001")) == ["best.pt", "model_00005.pt"]
+    save_checkpoint(tmp_path / "best.pt", {"model": {}, "config": {}, "step": 2})
+    folder.set_aside(2, said.append, new_course=True)
+    assert os.listdir(tmp_path / "earlier-002") == ["model_00004.pt"], "an earlier best stays"

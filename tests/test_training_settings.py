@@ -345,6 +345,14 @@ def test_print_config_goes_through_config(argv: list[str], capsys: pytest.Captur
     assert printed_config(["--config", write(tmp_path, text)], capsys) == text
 
 
+def test_a_flag_beats_its_other_name_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("max_steps: 100\nwarmup_ratio: 0.1\n")
+    settings = parse(TrainSettings, ["--config", str(file), "--epochs", "0.5", "--warmup_steps", "3"])
+    assert (settings.epochs, settings.warmup_steps, settings.warmup_ratio) == (0.5, 3, None)
+    assert not is_explicit(settings, "max_steps") and not is_explicit(settings, "warmup_ratio")
+
+
 def test_print_config_is_plain_yaml_of_every_setting_in_force(capsys: pytest.CaptureFixture[str]) -> None:
     values = yaml.safe_load(printed_config(["--epochs", "2"], capsys))
     assert set(values) == set(field_names(FinetuneSettings)) - {"max_steps"}, "epochs stands for max_steps"

@@ -27,9 +27,9 @@ from training.recorder import Recorder
 from training.run_folder import RunFolder
 from training.run_settings import FinetuneSettings, RunSettings, TrainSettings
 from training.runtime import Runtime, choose_runtime
-from training.saver import Saver, describe
+from training.saver import Saver, describe, versions
 from training.settings import is_explicit, to_dict, to_yaml
-from training.start import Start, choose_start, with_checkpoint_settings, with_preset_defaults
+from training.start import Start, choose_start, note_versions, with_checkpoint_settings, with_preset_defaults
 from training.step_plan import StepPlan, check_settings, plan_steps, resolved
 from training.stop import StopRequest
 from training.summary import introduce, outcome
@@ -86,6 +86,7 @@ class _Run:
             assert start.path is not None
             self.say(f"Resuming from {describe(start.path, start.payload)}; settings not given here come from it")
             self.settings = with_checkpoint_settings(self.settings, start.payload.get("settings", {}), self.say)
+            note_versions(start.payload.get("versions", {}), versions(), self.say)
         check_settings(self.settings)
         train_set, val_set = self._open_data(start)
         model = self._network(start, train_set)
@@ -236,7 +237,8 @@ class _Run:
         """Nothing of an earlier run is overwritten: what is in the way moves into earlier-NNN/. Then the log opens."""
         self.here.barrier()  # every rank has read its checkpoint
         if self.here.is_main:
-            self.folder.set_aside(progress.step if start.goes_on_in(self.folder) else None, self.say)
+            step = progress.step if start.goes_on_in(self.folder) else None
+            self.folder.set_aside(step, self.say, new_course=self.settings.checkpoint_path is not None)
             self.folder.prune(self.settings.keep_last_n_checkpoints)  # a kill may have come between rename and removal
             self.console.open_log(self.folder.path / "training.log")
             text = to_yaml(resolved(self.settings, plan)).encode()

@@ -1,7 +1,7 @@
 """Muon for CPUs: torch.optim.Muon with its Newton-Schulz iteration in float32.
 
-torch's own runs the iteration in bfloat16, which a GPU multiplies fast and most CPUs do not (150 times slower than float32
-on a 1024 x 1024 matrix without hardware for it): a step of the tiny preset took 4.3 s with it, five times the rest.
+torch's own runs it in bfloat16, which a GPU multiplies fast, and a CPU without hardware for it 150 times slower than
+float32 (1024 x 1024): a step of the tiny preset took 4.3 s with it, five times the rest.
 """
 
 from __future__ import annotations

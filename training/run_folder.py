@@ -89,11 +89,16 @@ class RunFolder:
         if old:
             sync_folder(self.path)
 
-    def set_aside(self, after_step: int | None, say: Say) -> None:
-        """Move an earlier run's files out of the way: all of them, or only checkpoints later than `after_step`."""
+    def set_aside(self, after_step: int | None, say: Say, new_course: bool = False) -> None:
+        """Move an earlier run's files out of the way: all of them, or only checkpoints later than `after_step`.
+
+        `new_course`: somebody goes back to an older step on purpose, so best.pt of a later step does not belong to it.
+        """
         files = [file for step, file in self.checkpoints() if after_step is None or step > after_step]
         if after_step is None:
             files += [self.path / name for name in _RUN_FILES if (self.path / name).exists()]
+        elif new_course and self._best_step() > after_step:
+            files.append(self.path / "best.pt")  # of the course that is being left
         if not files:
             return
         number = 1
@@ -105,6 +110,13 @@ class RunFolder:
         what = "an earlier run" if after_step is None else f"checkpoints later than step {after_step}"
         hint = " (--auto_resume would have gone on with it)" if after_step is None else ""
         say(f"{self.path} held {what}: moved to {aside} ({len(files)} files){hint}.")
+
+    def _best_step(self) -> int:
+        """The step of best.pt, -1 where there is none that can be read."""
+        try:
+            return int(load_checkpoint(self.path / "best.pt").get("step", -1))
+        except (ValueError, OSError):
+            return -1
 
     def write_status(self, state: str, **more: Any) -> None:
         """status.json tells a supervisor what the exit code cannot: running, finished, stopped or failed."""

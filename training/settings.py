@@ -194,7 +194,7 @@ def parse(cls: type[S], argv: Sequence[str] | None = None, *, description: str =
     flags, explicit = (["--help"], set()) if asks_help else _normalize(cls, words)
     settings: S | None = None
     if config is not None and not asks_help:
-        values = load_yaml(config, cls)
+        values = _without_rivals(cls, load_yaml(config, cls), explicit)
         try:
             settings = _read(cls, [word for name in values for word in _words(cls, name, values[name])], description)
         except ValueError as error:
@@ -206,6 +206,13 @@ def parse(cls: type[S], argv: Sequence[str] | None = None, *, description: str =
         print(to_yaml(settings), end="")
         raise SystemExit(0)
     return settings
+
+
+def _without_rivals(cls: type, values: dict[str, Any], flags: set[str]) -> dict[str, Any]:
+    """The file's values without those that a flag replaces under its other name: `--epochs` beats its max_steps."""
+    pairs = getattr(cls, "STANDS_FOR", {}).items()
+    beaten = {other for given, other in pairs if given in flags} | {given for given, other in pairs if other in flags}
+    return {name: value for name, value in values.items() if name not in beaten}
 
 
 def _read(cls: type[S], args: list[str], description: str, default: S | None = None) -> S:

@@ -117,6 +117,13 @@ def with_checkpoint_settings(settings: R, saved: dict[str, Any], say: Say) -> R:
     return _replace(settings, changes, explicit)
 
 
+def note_versions(saved: dict[str, Any], now: dict[str, Any], say: Say) -> None:
+    """Say what differs between the machine that wrote a checkpoint and this one, and may change the last bits."""
+    for name in ("torch", "threads"):
+        if name in saved and saved[name] != now[name]:
+            say(f"  {name}: {saved[name]} in the checkpoint, now {now[name]}: sums may differ in their last bits")
+
+
 def _replace(settings: R, changes: dict[str, Any], explicit: frozenset[str]) -> R:
     replaced = dataclasses.replace(settings, **changes)
     object.__setattr__(replaced, "explicit_names", explicit)
