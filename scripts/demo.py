@@ -95,7 +95,7 @@ def show(settings: DemoSettings, base: str) -> None:
 
     tuned = str(Path(settings.logs_finetune) / "best.pt")
     prompts = read_prompts(str(ROOT / "configs" / "demo_prompts.jsonl"))
-    sampling = Sampling(max_new_tokens=60, temperature=0.0, repetition_penalty=1.2)
+    sampling = Sampling(max_new_tokens=48, temperature=0.7, top_k=40)
     comparison = compare([base, tuned], prompts, sampling)
     print(render_comparison(comparison, width=110))
     folder = Path(settings.logs_finetune)
