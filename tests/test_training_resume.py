@@ -115,7 +115,8 @@ def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path: P
     life = run.live(auto_resume=False, resume=True, checkpoint_path=str(run.checkpoint(3)))
     assert life.code == 0 and life.began_after == 3 and life.steps == [4, 5, 6, 7], life.describe()
     assert not differences(run.folder, uninterrupted(run).folder)
-    assert sorted(file.name for file in (run.folder / "earlier-001").iterdir()) == ["model_00006.pt", "model_00007.pt"]
+    aside = sorted(file.name for file in (run.folder / "earlier-001").iterdir())
+    assert aside == ["best.pt", "model_00006.pt", "model_00007.pt"], "the best of step 7 belongs to the course it left"
     for step in (6, 7):
         assert not checkpoint_differences(run.folder / "earlier-001" / f"model_{step:05d}.pt", run.checkpoint(step))
 
