@@ -15,28 +15,19 @@ from evaluation.perplexity import perplexity
 from evaluation.settings import EvaluateSettings
 from formats.checkpoint import load_checkpoint, save_checkpoint
 from formats.open_model import open_model
-from training.settings import run_script
+from tests.scripts import one_line_error, run_main
 
 TEXT = "The first line of a text.\nThe second, with caf\u00e9 and \u4f60\u597d in it.\n" * 4
 
 
 def run(capsys, *words):
     """(exit code, stdout, stderr) of evaluate.py."""
-    code = 0
-    try:
-        run_script(script.main, EvaluateSettings, "", [*map(str, words), "--device", "cpu"])
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    return code, out, err
+    return run_main(capsys, script.main, EvaluateSettings, *words, "--device", "cpu")
 
 
 def fails(capsys, *words):
     """The one line that a mistake is answered with."""
-    code, _, err = run(capsys, *words)
-    assert code == 2
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    return err
+    return one_line_error(run(capsys, *words))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from evaluation.prompts import prompt_record, read_prompts
 from evaluation.settings import SampleSettings
 from formats.open_model import open_model
 from model.generate import generate
-from training.settings import run_script
+from tests.scripts import one_line_error, run_main
 
 SHORT = Sampling(max_new_tokens=12, temperature=1.0, top_k=0, seed=3)
 FLAGS = ["--max_new_tokens", "8", "--device", "cpu"]
@@ -27,21 +27,12 @@ FLAGS = ["--max_new_tokens", "8", "--device", "cpu"]
 
 def run(capsys, *words):
     """(exit code, stdout, stderr) of sample.py."""
-    code = 0
-    try:
-        run_script(script.main, SampleSettings, "", [*map(str, words), *FLAGS])
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    return code, out, err
+    return run_main(capsys, script.main, SampleSettings, *words, *FLAGS)
 
 
 def fails(capsys, *words):
     """The one line that a mistake is answered with."""
-    code, _, err = run(capsys, *words)
-    assert code == 2
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    return err
+    return one_line_error(run(capsys, *words))
 
 
 @pytest.fixture(scope="module")

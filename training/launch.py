@@ -162,10 +162,12 @@ class _Run:
         from data.cache import prepare_records_cache
 
         tokenizer = load_tokenizer("gpt2") if tokenizer_spec is None else tokenizer_from_spec(tokenizer_spec)
+        if not self.here.is_main:
+            self.here.barrier()  # rank 0 writes the cache, the others find it
+        folder = prepare_records_cache(settings.data_dir, settings.prompt_template, tokenizer)
         if self.here.is_main:
-            prepare_records_cache(settings.data_dir, settings.prompt_template, tokenizer)
-        self.here.barrier()
-        return prepare_records_cache(settings.data_dir, settings.prompt_template, tokenizer)
+            self.here.barrier()
+        return folder
 
     def _network(self, start: Start, train_set: TokenSet) -> GPT:
         """The network with the run's weights, on the CPU."""
