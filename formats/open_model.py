@@ -59,10 +59,14 @@ def build_model(payload: dict[str, Any], path: str | Path, **overrides: Any) -> 
         config = GPTConfig.from_dict({**payload["config"], **overrides})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: its config does not describe a network: {error}") from None
-    model = GPT(config)
+    with torch.device("meta"):  # no memory, no random numbers: every weight is replaced
+        model = GPT(config)
     check_weights(model, payload["model"], path)
-    model.load_state_dict(payload["model"])
-    return model
+    # A checkpoint's tensors are mapped from its file, which may go away: they are copied, one at a time.
+    copy = not payload.get("in_memory", False)
+    weights = {name: tensor.to(torch.float32, copy=copy) for name, tensor in payload["model"].items()}
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(True)
 
 
 def check_weights(model: GPT, weights: dict[str, torch.Tensor], path: str | Path) -> None:

@@ -35,6 +35,9 @@ class CausalSelfAttention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, key_dim, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.n_embd, key_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_dim, config.n_embd, bias=config.o_bias)
+        # One gain for all heads of a layer, as in Qwen3.
+        self.q_norm = nn.RMSNorm(sizes.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(sizes.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, shared: AttentionInputs) -> Tensor:
         """x (B, T, C) -> (B, T, C); with a cache, x holds the T newest positions only."""
@@ -42,6 +45,8 @@ class CausalSelfAttention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, n_head, head_dim)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, n_kv_head, head_dim)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = norm_heads(q, self.q_norm), norm_heads(k, self.k_norm)
         if shared.rope is not None:
             q, k = apply_rope(q, shared.rope), apply_rope(k, shared.rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
@@ -49,6 +54,11 @@ class CausalSelfAttention(nn.Module):
             k, v = shared.cache.append(self.layer, k, v)  # (B, n_kv_head, S, head_dim)
         y = attend(q, k, v, shared.mask, self.dropout if self.training else 0.0)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def norm_heads(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """`norm` over the last dimension of x (B, T, heads, head_dim), in x's dtype; under autocast that is not the gain's."""
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:

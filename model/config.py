@@ -55,6 +55,7 @@ class GPTConfig:
     o_bias: bool = True
     mlp_bias: bool = True
     norm_bias: bool = True
+    qk_norm: bool = False  # RMSNorm over each head's query and key before they are turned (Qwen3)
     tie_embeddings: bool = True
     dropout: float = 0.0
 

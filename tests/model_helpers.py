@@ -1,4 +1,4 @@
-"""Two tiny networks, one of each family, and what the model tests do with them."""
+"""Tiny networks, one of each family, and what the model tests do with them."""
 
 import dataclasses
 
@@ -14,7 +14,8 @@ LLAMA = dataclasses.replace(
     **{f.name: getattr(GPT2, f.name) for f in dataclasses.fields(GPTConfig)[:9]} | {"n_kv_head": 2},
 )
 UNBALANCED = {"n_head": (4, 0, 2), "n_kv_head": (2, 0, 1), "mlp_dim": (24, 40, 0)}
-FAMILIES = pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+QWEN3 = dataclasses.replace(LLAMA, qk_norm=True)
+FAMILIES = pytest.mark.parametrize("config", [GPT2, LLAMA, QWEN3], ids=["gpt2", "llama", "qwen3"])
 
 
 def build(config, seed=0, spread=0.1):

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from model.attention import attend, document_mask
+from model.attention import AttentionInputs, attend, document_mask
 from model.cache import KVCache
 from model.rope import apply_rope, rope_frequencies, rope_tables
-from tests.model_helpers import FAMILIES, GPT2, LLAMA, ROPE_LLAMA3, UNBALANCED, batch, build, loss_and_gradients
+from tests.model_helpers import FAMILIES, GPT2, LLAMA, QWEN3, ROPE_LLAMA3, UNBALANCED, batch, build, loss_and_gradients
 
 
 def test_llama3_scaling_leaves_fast_pairs_slows_slow_ones_and_blends_between():
@@ -137,3 +137,18 @@ def test_cache_holds_each_layers_own_heads_and_refuses_more_than_its_room():
     assert {layer: tuple(k.shape) for layer, (k, _) in cache.layers.items()} == {0: (2, 2, 6, 8), 2: (2, 1, 6, 8)}
     with pytest.raises(ValueError, match="room for 6 positions, asked for 7"):
         model(batch(LLAMA, T=2)[0], cache=cache)
+
+
+def test_query_and_key_norms_act_on_each_head_before_it_is_turned():
+    model = build(QWEN3)
+    attention = model.h[0].attn
+    x = torch.randn(1, 5, QWEN3.n_embd)
+    rope = model._rope_tables(torch.zeros(1, 5, dtype=torch.long), None)
+    before = attention(x, AttentionInputs(rope=rope))
+    with torch.no_grad():  # a query's own length is lost in its norm, so any positive factor changes nothing
+        attention.q_proj.weight.mul_(3.0)
+        attention.k_proj.weight.mul_(0.5)
+    torch.testing.assert_close(attention(x, AttentionInputs(rope=rope)), before, atol=2e-5, rtol=1e-4)
+    with torch.no_grad():
+        attention.k_norm.weight.mul_(2.0)
+    assert not torch.allclose(attention(x, AttentionInputs(rope=rope)), before, atol=1e-3)
