@@ -57,7 +57,7 @@ class CausalSelfAttention(nn.Module):
 
 
 def norm_heads(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """`norm` over the last dimension of x (B, T, heads, head_dim), in x's dtype; under autocast that is not the gain's."""
+    """`norm` over the last dimension of x (B, T, heads, head_dim), in x's dtype: autocast's, not the gain's."""
     return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
 
