@@ -2,4 +2,4 @@
 
 
 class FormatError(ValueError):
-    """A model's file is damaged, contradicts itself or holds what this project does not support; the text says which."""
+    """A file of a model that is damaged, contradicts itself or holds what is not supported; the text says which."""
