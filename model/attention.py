@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.cache import KVCache
+from model.cache import KeyValues
 from model.config import GPTConfig, LayerSizes
+from model.linear import Linear
 from model.rope import apply_rope
 
 
@@ -19,7 +20,7 @@ class AttentionInputs:
 
     rope: tuple[Tensor, Tensor] | None = None  # cosine and sine tables
     mask: Tensor | None = None  # bool (B, 1, T, S), True = may attend; None = plain causal order
-    cache: KVCache | None = None
+    cache: KeyValues | None = None
 
 
 class CausalSelfAttention(nn.Module):
@@ -31,10 +32,10 @@ class CausalSelfAttention(nn.Module):
         self.head_dim = sizes.head_dim
         self.dropout = config.dropout
         query_dim, key_dim = sizes.n_head * sizes.head_dim, sizes.n_kv_head * sizes.head_dim
-        self.q_proj = nn.Linear(config.n_embd, query_dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.n_embd, key_dim, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.n_embd, key_dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(query_dim, config.n_embd, bias=config.o_bias)
+        self.q_proj = Linear(config.n_embd, query_dim, bias=config.qkv_bias)
+        self.k_proj = Linear(config.n_embd, key_dim, bias=config.qkv_bias)
+        self.v_proj = Linear(config.n_embd, key_dim, bias=config.qkv_bias)
+        self.o_proj = Linear(query_dim, config.n_embd, bias=config.o_bias)
         # One gain for all heads of a layer, as in Qwen3.
         self.q_norm = nn.RMSNorm(sizes.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(sizes.head_dim, eps=config.norm_eps) if config.qk_norm else None

@@ -12,8 +12,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import AttentionInputs, CausalSelfAttention, document_mask
-from model.cache import KVCache
+from model.cache import KeyValues, KVCache
 from model.config import GPTConfig
+from model.linear import Linear, linear
 from model.loss import linear_cross_entropy_sum
 from model.rope import rope_frequencies, rope_tables
 
@@ -30,9 +31,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig, mlp_dim: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.n_embd, mlp_dim, bias=config.mlp_bias) if config.mlp == "swiglu" else None
-        self.up_proj = nn.Linear(config.n_embd, mlp_dim, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(mlp_dim, config.n_embd, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.n_embd, mlp_dim, bias=config.mlp_bias) if config.mlp == "swiglu" else None
+        self.up_proj = Linear(config.n_embd, mlp_dim, bias=config.mlp_bias)
+        self.down_proj = Linear(mlp_dim, config.n_embd, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
@@ -96,13 +97,14 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False  # recompute each block in backward: less memory, about 4/3 of the time
+        self.prompt: nn.Module | None = None  # trained context in front of every text, see prompt_methods.py
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.ln_f = make_norm(config)
         self.lm_head = None
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+            self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.init_weights()
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -124,6 +126,11 @@ class GPT(nn.Module):
     def head_weight(self) -> Tensor:
         """The (padded_vocab_size, n_embd) matrix that turns the last hidden state into logits."""
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def context_length(self) -> int:
+        """The longest text, in tokens: block_size, less the virtual tokens that stand before it."""
+        return self.config.block_size - (0 if self.prompt is None else int(self.prompt.positions))
 
     def forward(
         self,
@@ -151,7 +158,7 @@ class GPT(nn.Module):
             hidden = hidden[:, -1:]
         else:
             assert logits_for == "all", f"logits_for is {logits_for!r}"
-        logits = F.linear(hidden, head)
+        logits = linear(hidden, head)
         logits[..., self.config.vocab_size :] = float("-inf")
         return logits
 
@@ -164,7 +171,7 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The stream after the last norm (B, T, C), and the head's matrix to apply to it. Arguments as in `forward`."""
-        length, limit = idx.size(1), self.config.block_size
+        length, limit = idx.size(1), self.context_length
         if length > limit:
             raise ValueError(f"{length} tokens do not fit the model's context of {limit}: shorten them")
         mask = None if doc_ids is None else document_mask(doc_ids)
@@ -172,8 +179,11 @@ class GPT(nn.Module):
             assert positions is None and doc_ids is None, "a cache knows its rows' positions and holds one record each"
             assert cache.max_length <= limit, f"a cache of {cache.max_length} for a context of {limit}"
             positions, mask = cache.begin(length, idx.device)
+        store: KeyValues | None = cache
+        if self.prompt is not None:
+            positions, mask, store = self.prompt(self, idx, positions, mask, cache)
         x, head = self._embed(idx, positions)
-        shared = AttentionInputs(self._rope_tables(idx, positions), mask, cache)
+        shared = AttentionInputs(self._rope_tables(idx, positions), mask, store)
         for block in self.h:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, shared, use_reentrant=False)

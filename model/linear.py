@@ -1,0 +1,49 @@
+"""A linear layer that is quick for the few rows of generation on a CPU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_MOST_ROWS = 32
+
+
+class Linear(nn.Linear):
+    """nn.Linear, but for the way in which `linear` multiplies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) @ weight (out, in).T + bias. In inference mode few rows go `_few_rows`'s way."""
+    if not torch.is_inference_mode_enabled() or not takes_few_rows(x, weight):
+        return F.linear(x, weight, bias)
+    y = _few_rows(x.reshape(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.size(0))
+    return y if bias is None else y + bias
+
+
+def takes_few_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether x (..., in) has few rows, and it and the weight are plain fp32 on a CPU."""
+    rows = x.numel() // x.size(-1)
+    plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
+    return rows <= _MOST_ROWS and plain and not torch.is_autocast_enabled("cpu")
+
+
+def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """x (R, in) @ weight (out, in).T as the transpose of weight @ x.T: the tall operand first.
+
+    F.linear hands BLAS a matrix of R rows, which MKL neither splits over cores nor streams well. Read from memory on
+    two cores at 37 GB/s, it takes 1 row (576 -> 49,152 in fp32) 7.6 ms as F.linear, 2.7 ms so; 4 rows 12.7 and 3.1 ms;
+    8 rows 12.3 and 6.2 ms. A single row is a matrix times a vector, which MKL does on one core: a row beside it makes
+    it a product of matrices. From 8 to 15 rows, four at a time are quicker than all at once (12 rows: 9.2, not 14.5).
+    """
+    R = x.size(0)
+    if R == 1:
+        return torch.mm(weight, torch.cat((x, x)).t())[:, 0]
+    if 8 <= R < 16:
+        fours = F.pad(x, (0, 0, 0, -R % 4)).split(4)
+        return torch.cat([torch.mm(weight, four.t()) for four in fours], dim=1)[:, :R].t().contiguous()
+    return torch.mm(weight, x.t()).t().contiguous()
