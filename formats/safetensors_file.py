@@ -3,12 +3,13 @@
     file = [header length: 8 bytes, little-endian][header: JSON][data]
     header = {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ..., "__metadata__": {str: str}}
 
-The safetensors library maps the file, and mapped pages count as resident memory; here a tensor comes in blocks, so that a
-model of bfloat16 needs no more memory than its float32 weights. Reading a header needs no torch.
+The safetensors library maps the file, and mapped pages count as resident memory; here a tensor comes in blocks, so that
+a model of bfloat16 needs no more memory than its float32 weights. Reading a header needs no torch.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 
 # Bytes of one element; the names are those of the format.
 ITEM_BYTES = {
-    **{name: 8 for name in ("F64", "I64", "U64", "C64")},
-    **{name: 4 for name in ("F32", "I32", "U32")},
-    **{name: 2 for name in ("F16", "BF16", "I16", "U16")},
-    **{name: 1 for name in ("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2")},
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
 }
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # what weights may be stored as
 _HEADER_BYTES = 100_000_000  # the format's own limit
@@ -127,7 +128,7 @@ def _is_counts(value: Any) -> bool:
 
 def _check_overlap(entries: dict[str, TensorEntry], path: Path) -> None:
     occupied = sorted((entry.start, entry.stop, name) for name, entry in entries.items() if entry.stop > entry.start)
-    for (_, stop, first), (start, _, second) in zip(occupied, occupied[1:]):
+    for (_, stop, first), (start, _, second) in itertools.pairwise(occupied):
         if start < stop:
             raise FormatError(f"{path}: tensors {first[:80]!r} and {second[:80]!r} overlap")
 
