@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+
+class KeyValues(Protocol):
+    """What stands between a layer's own keys and values and those that its queries see."""
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes k and v (B, n_kv_head, T, head_dim); returns all to attend to, (B, n_kv_head, S, head_dim)."""
 
 
 class KVCache:
@@ -20,6 +29,7 @@ class KVCache:
         self.max_length = max_length
         self.lengths = [0] * batch_size
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.prompt: dict[int, tuple[Tensor, Tensor]] | None = None  # what GPT.prompt puts before every row, once made
         self._slots: Tensor | None = None  # (B, T) of the forward under way; None while all rows are equally long
 
     def begin(self, T: int, device: torch.device) -> tuple[Tensor, Tensor | None]:

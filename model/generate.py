@@ -129,7 +129,7 @@ class _Reader:
 
     def __init__(self, model: GPT, how: Decoding) -> None:
         self.model, self.how = model, how
-        self.block_size = model.config.block_size
+        self.block_size = model.context_length
         self.device = model.wte.weight.device
         self.cache: KVCache | None = None
 

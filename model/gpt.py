@@ -98,6 +98,7 @@ class GPT(nn.Module):
         self.config = config
         self.gradient_checkpointing = False  # recompute each block in backward: less memory, about 4/3 of the time
         self.prompt: nn.Module | None = None  # trained context in front of every text, see prompt_methods.py
+        self.context_length = config.block_size  # of a text, in tokens; what the prompt takes of it is not in it
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
@@ -126,11 +127,6 @@ class GPT(nn.Module):
     def head_weight(self) -> Tensor:
         """The (padded_vocab_size, n_embd) matrix that turns the last hidden state into logits."""
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
-
-    @property
-    def context_length(self) -> int:
-        """The longest text, in tokens: block_size, less the virtual tokens that stand before it."""
-        return self.config.block_size - (0 if self.prompt is None else int(self.prompt.positions))
 
     def forward(
         self,

@@ -1,0 +1,185 @@
+"""Frozen weights in four or eight bits: the base that QLoRA trains on (Dettmers et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from model.linear import Linear
+
+# NF4: quantiles of N(0, 1), scaled to [-1, 1], eight above and seven below an exact 0 (appendix E of the paper).
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+BLOCK = 64  # weights that share one absmax
+SCALE_BLOCK = 256  # absmaxes that share one scale: 0.5 bytes a weight + 1/64 + 4/(64 x 256) = 0.516
+KINDS = ("nf4", "int8")
+
+
+def quantize_nf4(weight: Tensor) -> tuple[Tensor, ...]:
+    """`weight` in NF4: its codes, two to a byte, and the absmax of each block of 64, itself in eight bits.
+
+    Returns codes uint8 (n / 2,), absmax codes int8 (m / 256, 256), absmax scales fp32 (m / 256, 1) and the absmaxes'
+    mean, a scalar, for n weights in m blocks, both rounded up. Each absmax is stored as its distance from the mean.
+    """
+    flat = weight.detach().float().flatten()
+    blocks = F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)  # (m, 64)
+    absmax = blocks.abs().amax(dim=1)  # (m,)
+    mean = absmax.mean()
+    rows = F.pad(absmax - mean, (0, -absmax.numel() % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
+    scale_codes, scales = quantize_int8(rows)
+    # Rounded against the absmax that will be read back, not the true one, so that both errors do not add up.
+    restored = _restore_absmax(scale_codes, scales, mean)[: absmax.numel()].unsqueeze(1)
+    table = torch.tensor(NF4, device=flat.device)
+    borders = (table[1:] + table[:-1]) / 2
+    codes = torch.bucketize(blocks / restored.clamp_min(torch.finfo(torch.float32).tiny), borders).to(torch.uint8)
+    codes = codes.view(-1, 2)
+    return codes[:, 0] << 4 | codes[:, 1], scale_codes, scales, mean
+
+
+def dequantize_nf4(shape: tuple[int, int], dtype: torch.dtype, *stored: Tensor) -> Tensor:
+    """The weight of this shape from what `quantize_nf4` returned."""
+    codes, scale_codes, scales, mean = stored
+    table = torch.tensor(NF4, device=codes.device)
+    # One look-up a byte: row 16 a + b of this table is the pair of values with the codes a and b.
+    pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1)  # (256, 2)
+    blocks = F.embedding(codes.int(), pairs).view(-1, BLOCK)  # (m, 64)
+    absmax = _restore_absmax(scale_codes, scales, mean)[: blocks.size(0)]
+    weight = (blocks * absmax.unsqueeze(1)).flatten()
+    return weight[: shape[0] * shape[1]].view(shape).to(dtype)
+
+
+def _restore_absmax(codes: Tensor, scales: Tensor, mean: Tensor) -> Tensor:
+    # An absmax is never negative; one of 0 (a block of zeros) would come back slightly off and stays harmless, since
+    # every weight of such a block has the code of 0.
+    return (codes.float() * scales + mean).flatten().clamp_min(0.0)
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`weight` (N, K) as codes int8 (N, K) in -127..127 and the scale of each row, fp32 (N, 1): absmax / 127."""
+    weight = weight.detach().float()
+    scales = weight.abs().amax(dim=1, keepdim=True) / 127
+    codes = (weight / scales.clamp_min(torch.finfo(torch.float32).tiny)).round().clamp(-127, 127).to(torch.int8)
+    return codes, scales
+
+
+def dequantize_int8(shape: tuple[int, int], dtype: torch.dtype, *stored: Tensor) -> Tensor:
+    """The weight of this shape from what `quantize_int8` returned."""
+    codes, scales = stored
+    assert codes.shape == shape
+    return (codes.float() * scales).to(dtype)
+
+
+Dequantize = Callable[..., Tensor]
+_STORES: dict[str, tuple[Callable[[Tensor], tuple[Tensor, ...]], Dequantize]] = {
+    "nf4": (quantize_nf4, dequantize_nf4),
+    "int8": (quantize_int8, dequantize_int8),
+}
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen linear layer whose weight is kept in `kind` and read back for each use.
+
+    The weight's buffers are not part of the state dict: a base comes from its own file, a checkpoint holds what was
+    trained on it. The buffers are scales and codes, not weights, so a model of these must not be cast as a whole
+    (`model.to(torch.bfloat16)`); autocast is the way to compute in bf16.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, base: nn.Linear, kind: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.kind = base.in_features, base.out_features, kind
+        self.register_parameter("bias", base.bias)
+        quantize, self._dequantize = _STORES[kind]
+        stored = quantize(base.weight)
+        self._names = [f"stored_{i}" for i in range(len(stored))]
+        for name, tensor in zip(self._names, stored):
+            self.register_buffer(name, tensor, persistent=False)
+
+    def stored(self) -> list[Tensor]:
+        """The tensors that hold the weight."""
+        return [getattr(self, name) for name in self._names]
+
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight (out_features, in_features) as it is used."""
+        return self._dequantize((self.out_features, self.in_features), dtype, *self.stored())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features), in autocast's type or that of x."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        shape = (self.out_features, self.in_features)
+        return _FrozenLinear.apply(x.to(dtype), self.bias, self._dequantize, shape, *self.stored())
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}"
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x @ weight.T + bias, whose backward reads the weight from its codes again.
+
+    Autograd left alone would keep the dense weight of every layer until backward, which is all that was to be saved.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, dequantize: Dequantize, shape: tuple[int, int], *stored: Tensor
+    ) -> Tensor:
+        # Not save_for_backward, which would make activation checkpointing run this matmul again for what never changes.
+        ctx.dequantize, ctx.shape, ctx.stored = dequantize, shape, stored
+        weight = dequantize(shape, x.dtype, *stored)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight = ctx.dequantize(ctx.shape, grad.dtype, *ctx.stored)
+        return grad @ weight, None, None, None, *(None for _ in ctx.stored)
+
+
+def quantize_blocks(model: nn.Module, kind: str = "nf4") -> None:
+    """Replaces, in place and one after the other, the linear layers of `model.h` by stores of `kind`.
+
+    Embeddings, norms, biases and the head stay as they are. ValueError for an unknown kind, or where nothing is left
+    to quantise.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"quantisation is {kind!r}: choose one of {', '.join(KINDS)}")
+    blocks = model.get_submodule("h")
+    found = [name for name, module in blocks.named_modules() if type(module) in (nn.Linear, Linear)]
+    if not found:
+        raise ValueError("this model has no plain linear layers to quantise: quantise before anything is added to it")
+    for name in found:
+        parent, _, last = name.rpartition(".")
+        linear = blocks.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        setattr(blocks.get_submodule(parent), last, QuantizedLinear(linear, kind))
+
+
+def quantized_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of the quantised weights as they are stored, and what the same weights take in fp32."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    held = sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in layer.stored())
+    return held, sum(4 * layer.in_features * layer.out_features for layer in layers)
