@@ -16,6 +16,9 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 ROPE_LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -74,16 +77,23 @@ def make_foreign(family: str, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
-def make_tokenizer(bos: bool = False, chat_template: str | None = CHATML, vocab_size: int = VOCAB) -> Any:
+def make_tokenizer(
+    bos: bool = False, chat_template: str | None = CHATML, vocab_size: int = VOCAB, qwen: bool = False
+) -> Any:
     """A byte-level BPE as transformers holds it: ids 0 end of text, 1 begin of text, 2 and 3 the turns of ChatML.
 
-    With `bos`, every text that it encodes for a model begins with id 1, as in Llama 3.
+    With `bos`, every text that it encodes for a model begins with id 1, as in Llama 3. With `qwen`, text is normalized
+    and split as by Qwen's tokenizers, which transformers assumes of any folder of Qwen2.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if qwen:
+        split = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
+        backend.normalizer = normalizers.NFC()
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()
     special = [END_OF_TEXT, BEGIN, "<|im_start|>", END_OF_TURN]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -109,7 +119,7 @@ def save_foreign(family: str, folder: Path, seed: int = 0, bos: bool = False, **
     model = make_foreign(family, seed, **changes)
     model.generation_config.eos_token_id = [0, 3]
     model.save_pretrained(folder)
-    make_tokenizer(bos=bos, vocab_size=model.config.vocab_size).save_pretrained(folder)
+    make_tokenizer(bos, vocab_size=model.config.vocab_size, qwen=family.startswith("qwen")).save_pretrained(folder)
     return model
 
 
