@@ -133,12 +133,12 @@ class LoraLayer(nn.Module):
     def _ratio(self) -> Tensor:
         """DoRA's factor of each output row, fp32 (out,): its length over that of the row it scales.
 
-        That row's length is taken as a constant in backward (section 4.3 of the paper). A row of zeros stays one.
+        That row's length is taken as a constant in backward (section 4.3 of the paper). A row of zeros has factor 1.
         """
         assert self.lora_magnitude is not None
         with torch.no_grad():
             length = (self.dense_weight() + self.delta()).norm(dim=1)
-        return self.lora_magnitude / length.clamp_min(1e-12)
+        return torch.where(length > 0, self.lora_magnitude / length.clamp_min(1e-12), 1.0)
 
     def effective_weight(self) -> Tensor:
         """The one fp32 weight (out, in) that does what base and adapter do together, without dropout."""
