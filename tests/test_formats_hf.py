@@ -214,7 +214,7 @@ def peak():
 
 
 folder = Path(sys.argv[1])
-read_huggingface(folder / "small")  # whatever is imported or allocated once
+build_model(read_huggingface(folder / "small"), folder)  # whatever is imported or allocated once
 before = peak()
 payload = read_huggingface(folder / "large")
 build_model(payload, folder)
