@@ -163,8 +163,8 @@ def _sentencepiece(
     never = -1.0 - len(merges)
     if merges_of(ids, {text: scores.get(text, never) for text in plain}) != merges:
         raise ValueError(
-            "GGUF: llama.cpp joins the neighbours whose union has the best score, this tokenizer those whose merge comes "
-            "first, and here the two differ: such a vocabulary cannot be written"
+            "GGUF: llama.cpp joins the neighbours whose union has the best score, this tokenizer those whose merge "
+            "comes first, and here the two differ: such a vocabulary cannot be written"
         )
     unknown = next((token for token, kind in enumerate(types) if kind == UNKNOWN), None)
     return {

@@ -128,7 +128,7 @@ class _Export:
             writer.write_tensor_data(self.gguf.quants.quantize(values, self._kind(shape)))
 
     def compare(self, path: Path, tokenizer: Tokenizer) -> float:
-        """The largest difference of any weight in the file as read again; FormatError where more than weights differ."""
+        """The largest difference of any weight in the file, read again; FormatError where more than weights differ."""
         header = read_gguf_header(path)
         config, _ = read_config(header)
         if config != self.config:
