@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.shards import token_dtype
-from data.templates import PromptTemplate, Record, render_record, template_from_spec
+from data.templates import Record, Template, render_record, template_from_spec
 from data.tokenizer import Tokenizer, tokenizer_from_spec
 
 _BATCH_CHARACTERS = 1 << 19  # 40 ms of work: long against the 1 ms that sending it costs
@@ -45,9 +45,10 @@ class Encoded(NamedTuple):
 class Encoder:
     """Turns batches of items into ids. With a template the bodies are records, without one they are text."""
 
-    def __init__(self, tokenizer: Tokenizer, template: PromptTemplate | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: Template | None) -> None:
         self.tokenizer, self.template = tokenizer, template
         self._dtype = token_dtype(tokenizer.vocab_size)  # half of what the tokenizer gives, when sent between processes
+        self._bos = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], dtype=np.uint32)
         self._eot = np.array([tokenizer.eot_id], dtype=np.uint32)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -62,7 +63,7 @@ class Encoder:
         for split, body, begins, ends in batch:
             if isinstance(body, str):
                 ids = self.tokenizer.encode_numpy(body)
-                new = [ids, self._eot] if ends else [ids]
+                new = [self._bos] * begins + [ids] + [self._eot] * ends
             else:
                 assert self.template is not None, "a record needs a template"
                 rendered, mask = render_record(body, self.template, self.tokenizer)
@@ -75,7 +76,7 @@ class Encoder:
 
 
 def encode_all(
-    items: Iterable[Item], tokenizer: Tokenizer, template: PromptTemplate | None, workers: int
+    items: Iterable[Item], tokenizer: Tokenizer, template: Template | None, workers: int
 ) -> Generator[Encoded, None, None]:
     """Encode `items` with `workers` processes. The result is in order and the same for any number of them.
 

@@ -21,7 +21,7 @@ from data.manifest import resolve_data_dir, staged_folder, write_manifest
 from data.settings import PrepareSettings
 from data.shards import SplitWriter, token_dtype
 from data.sources import Kind, documents, kind_of, records
-from data.templates import PromptTemplate, get_template
+from data.templates import Template, get_template, record_text
 from data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 logger = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ class _Stream:
 # ---- the parts of prepare
 
 
-def _tokenizer(settings: PrepareSettings, stream: _Stream, template: PromptTemplate | None) -> Tokenizer:
+def _tokenizer(settings: PrepareSettings, stream: _Stream, template: Template | None) -> Tokenizer:
     if settings.tokenizer != "bpe":
         elsewhere = resolve_data_dir(settings.tokenizer)  # `--tokenizer pydocs` is the tokenizer of data/pydocs
         is_name = settings.tokenizer in ("gpt2", "byte") or not elsewhere.exists()
@@ -176,7 +176,7 @@ def _tokenizer(settings: PrepareSettings, stream: _Stream, template: PromptTempl
     return tokenizer
 
 
-def _training_texts(stream: _Stream, template: PromptTemplate | None) -> Iterator[str]:
+def _training_texts(stream: _Stream, template: Template | None) -> Iterator[str]:
     left = _BPE_CHARACTERS
     for split, body, _, _ in stream:
         if split == TRAIN:
@@ -184,7 +184,7 @@ def _training_texts(stream: _Stream, template: PromptTemplate | None) -> Iterato
                 text = body
             else:
                 assert template is not None
-                text = template.prompt(body) + body["response"]
+                text = record_text(body, template)
             yield text
             left -= len(text)
             if left < 0:
@@ -214,7 +214,7 @@ def _meta(
     kind: Kind,
     val_fraction: float,
     tokenizer: Tokenizer,
-    template: PromptTemplate | None,
+    template: Template | None,
     splits: dict[str, Any],
 ) -> dict[str, Any]:
     return {

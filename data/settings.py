@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from data.choices import check_choice
-from data.templates import TEMPLATES
+from data.templates import TEMPLATE_NAMES
 
 SOURCES = ("pydocs", "pydocs-qa", "dolly15k", "fineweb-edu", "wikitext", "c4", "text", "jsonl", "parquet")
 NEED_INPUT = ("text", "jsonl", "parquet")
@@ -46,7 +46,8 @@ class PrepareSettings:
     """Processes that tokenize; the result does not depend on it. Default: one a core."""
 
     prompt_template: str = "dolly"
-    """Around instruction records: dolly, alpaca, zh_instruction, human_assistant, zh_code."""
+    """Around instruction records: dolly, alpaca, zh_instruction, human_assistant, zh_code, or a chat template: chatml,
+    llama3, qwen2.5, smollm2."""
 
     format: str = "auto"
     """auto, text or instruction: what the records of JSON and Parquet files are. auto looks at the first record."""
@@ -57,7 +58,7 @@ class PrepareSettings:
     def __post_init__(self) -> None:
         check_choice("--source", self.source, SOURCES)
         check_choice("--format", self.format, FORMATS)
-        check_choice("--prompt_template", self.prompt_template, TEMPLATES)
+        check_choice("--prompt_template", self.prompt_template, TEMPLATE_NAMES)
         if self.source in NEED_INPUT and not self.input:
             raise ValueError(f"--source {self.source} reads your own files: name them with --input")
         if self.source.startswith("pydocs") and self.input:

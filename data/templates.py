@@ -7,15 +7,17 @@ Training, evaluation, sampling and export all call this module, so a prompt has 
 answer are encoded apart and joined, never as one string whose border a BPE merge could cross.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from data.chat import CHAT_TEMPLATES, ChatTemplate, Template, messages_of, render_conversation
 from data.choices import check_choice
+from data.prompt_template import TEMPLATES, PromptTemplate, Record
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer  # brings NumPy, which settings modules do without
 
-Record = dict[str, str]  # instruction, context, response, category; what a record lacks is ""
+TEMPLATE_NAMES = (*TEMPLATES, *CHAT_TEMPLATES)
 
 # The names that a field goes by in the wild, in the order in which they are looked for.
 _FIELD_NAMES = {
@@ -26,82 +28,21 @@ _FIELD_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class PromptTemplate:
-    """The text around a record's fields; `{instruction}` and `{context}` stand for them, nothing else is replaced.
-
-    A prompt is `instruction`, then `context` unless the record has none, then `answer`; the response and `end` follow,
-    then the end of text. The tail from the response on is what training is scored on.
-    """
-
-    name: str
-    instruction: str
-    context: str
-    answer: str
-    end: str = ""
-
-    def prompt(self, record: Record) -> str:
-        """Everything before the response."""
-        parts = [self.instruction.replace("{instruction}", record["instruction"])]
-        if record.get("context"):
-            parts.append(self.context.replace("{context}", record["context"]))
-        return "".join([*parts, self.answer])
-
-    def spec(self) -> dict[str, str]:
-        """Plain values for dataset.json and checkpoints; `template_from_spec` reads them."""
-        return asdict(self)
-
-
-TEMPLATES: dict[str, PromptTemplate] = {
-    template.name: template
-    for template in (
-        # No preamble: it would cost 20 to 30 tokens of every record, and a small model learns nothing from it.
-        PromptTemplate(
-            name="dolly",
-            instruction="### Instruction:\n{instruction}\n\n",
-            context="### Context:\n{context}\n\n",
-            answer="### Response:\n",
-        ),
-        PromptTemplate(
-            name="alpaca",
-            instruction="Carry out the task that follows.\n\n### Instruction:\n{instruction}\n\n",
-            context="### Input:\n{context}\n\n",
-            answer="### Response:\n",
-        ),
-        PromptTemplate(
-            name="zh_instruction",
-            instruction="### 指令:\n{instruction}\n\n",
-            context="### 输入:\n{context}\n\n",
-            answer="### 输出:\n",
-        ),
-        PromptTemplate(
-            name="human_assistant",
-            instruction="Human: {instruction}\n",
-            context="{context}\n",
-            answer="Assistant: ",
-            end="\n",
-        ),
-        PromptTemplate(
-            name="zh_code",
-            instruction="问题: {instruction}\n\n",
-            context="{context}\n\n",
-            answer="解决方案:\n```python\n",
-            end="\n```",
-        ),
-    )
-}
-
-
-def get_template(name: str) -> PromptTemplate:
+def get_template(name: str) -> Template:
     """The built-in template of that name. ValueError with the nearest name for any other."""
-    check_choice("prompt template", name, TEMPLATES)
-    return TEMPLATES[name]
+    check_choice("prompt template", name, TEMPLATE_NAMES)
+    return TEMPLATES[name] if name in TEMPLATES else CHAT_TEMPLATES[name]
 
 
-def template_from_spec(spec: dict[str, Any] | None) -> PromptTemplate | None:
-    """The template that `PromptTemplate.spec()` described; None stays None (raw text). ValueError for other fields."""
+def template_from_spec(spec: dict[str, Any] | None) -> Template | None:
+    """The template that `spec()` described; None stays None (raw text). ValueError for other fields.
+
+    "kind": "chat" tells a ChatTemplate; a PromptTemplate has none, as before there were two.
+    """
     if spec is None:
         return None
+    if "kind" in spec:
+        return _chat_from_spec(spec)
     known = [field.name for field in fields(PromptTemplate)]
     if sorted(spec) != sorted(known) or not all(isinstance(value, str) for value in spec.values()):
         raise ValueError(f"prompt template: has the fields {sorted(spec)}, expected {sorted(known)}, each a string")
@@ -136,19 +77,37 @@ def normalize_record(raw: Any, where: str) -> Record:
     return record
 
 
-def render_record(record: Record, template: PromptTemplate, tokenizer: "Tokenizer") -> tuple[list[int], list[int]]:
+def render_record(record: Record, template: Template, tokenizer: "Tokenizer") -> tuple[list[int], list[int]]:
     """Ids of prompt, response and end of text, and the loss mask of the same length: 1 from the response on, else 0."""
-    prompt = render_prompt(record, template, tokenizer)
-    answer = [*tokenizer.encode(record["response"] + template.end), tokenizer.eot_id]
-    return prompt + answer, [0] * len(prompt) + [1] * len(answer)
+    return render_conversation(messages_of(record), template, tokenizer)
 
 
-def render_prompt(text_or_record: str | Record, template: PromptTemplate | None, tokenizer: "Tokenizer") -> list[int]:
+def render_prompt(text_or_record: str | Record, template: Template | None, tokenizer: "Tokenizer") -> list[int]:
     """Ids that sampling feeds: the unsupervised part of `render_record`. Without a template, the raw text."""
     record = {"instruction": text_or_record, "context": ""} if isinstance(text_or_record, str) else text_or_record
-    if template is None:
-        return tokenizer.encode("\n\n".join(part for part in (record["instruction"], record.get("context")) if part))
-    return tokenizer.encode(template.prompt(record))
+    if template is not None:
+        return render_conversation(messages_of(record, answered=False), template, tokenizer, True)[0]
+    text = "\n\n".join(part for part in (record["instruction"], record.get("context")) if part)
+    return [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(text)]
+
+
+def record_text(record: Record, template: Template) -> str:
+    """The text around and in a record, for learning a vocabulary."""
+    if isinstance(template, ChatTemplate):
+        return template.text(messages_of(record))
+    return template.prompt(record) + record["response"]
+
+
+def _chat_from_spec(spec: dict[str, Any]) -> ChatTemplate:
+    names = [field.name for field in fields(ChatTemplate) if field.name != "stop"]
+    stop = spec.get("stop")
+    is_sound = isinstance(stop, (list, tuple)) and all(isinstance(text, str) for text in [*stop, *map(spec.get, names)])
+    if spec["kind"] != "chat" or set(spec) != {"kind", "stop", *names} or not is_sound:
+        raise ValueError(
+            f"prompt template: has the kind {spec['kind']!r} and the fields {sorted(spec)}, expected 'chat' with "
+            f"{', '.join(names)}, each a string, and stop, a list of them"
+        )
+    return ChatTemplate(spec["name"], spec["source"], spec["bos_token"], spec["eos_token"], tuple(spec["stop"]))
 
 
 def _present(raw: dict[str, Any], field: str) -> str | None:
