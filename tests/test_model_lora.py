@@ -211,6 +211,42 @@ def test_dropout_is_on_the_adapters_input_only():
     torch.testing.assert_close(layer.eval()(x), base(x) + 8.0 * 16 * 2)
 
 
+def kept_for_backward(run):
+    """Bytes of the tensors that autograd keeps, each storage once."""
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t
+    ):
+        out = run()
+    return sum(kept.values()), out
+
+
+def test_dropout_has_autograds_gradients_and_keeps_less():
+    torch.manual_seed(0)
+    layers = [LoraLinear(torch.nn.Linear(64, 48).requires_grad_(False), LoraSettings(dropout=0.25)) for _ in range(2)]
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_A), torch.nn.init.normal_(layer.lora_B)
+    x, weights = torch.randn(4, 50, 64, requires_grad=True), torch.randn(4, 50, 48)
+    by_hand = x.detach().clone().requires_grad_()
+    torch.manual_seed(1)
+    kept, outs = kept_for_backward(lambda: [layer(x) for layer in layers])
+    ((outs[0] + outs[1]) * weights).sum().backward()
+    ours = [p.grad.clone() for layer in layers for p in (layer.lora_A, layer.lora_B)]
+    torch.manual_seed(1)
+    for layer, out in zip(layers, outs):
+        layer.lora_A.grad = layer.lora_B.grad = None
+        dropped = torch.native_dropout(by_hand, 0.25, True)[0]
+        expected = by_hand @ layer.weight.t() + layer.bias + layer.scale * dropped @ layer.lora_A.t() @ layer.lora_B.t()
+        torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+        (expected * weights).sum().backward()
+    torch.testing.assert_close(x.grad, by_hand.grad, atol=1e-4, rtol=1e-4)
+    for gradient, parameter in zip(ours, [p for layer in layers for p in (layer.lora_A, layer.lora_B)]):
+        torch.testing.assert_close(gradient, parameter.grad, atol=1e-4, rtol=1e-4)
+    thin = sum(4 * t.numel() for layer in layers for t in (layer.lora_A, layer.lora_B, layer.weight))
+    thin += 2 * 2 * 4 * 200 * 8  # scaled and unscaled (N, rank) of both
+    assert kept <= (4 + 1 + 1) * x.numel() + thin
+
+
 def test_plus_rates_and_scales():
     model = apply_lora(build(LLAMA), LoraSettings(lr_ratio=16.0, dora=True))
     rates = lr_multipliers(model, LoraSettings(lr_ratio=16.0))
