@@ -34,6 +34,9 @@ def read_hf_tokenizer(folder: str | Path) -> tuple[Tokenizer, ChatTemplate | Non
     stop += [end] if end in special.values() and end not in stop else []
     begin = _content(folder, settings, "bos_token")
     adds = settings.get("add_bos_token")
+    if adds not in (None, True, False):
+        shown = folder / "tokenizer_config.json"
+        raise FormatError(f"{shown}: add_bos_token is {str(adds)[:80]}, expected true or false")
     bos = None if adds is None else begin if adds else ""
     where = str(folder / "tokenizer.json")
     try:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.chat import ChatTemplate, as_jinja
+from data.chat import ChatTemplate, as_jinja, stop_ids
 from data.templates import PromptTemplate, template_from_spec
 from data.tokenizer import BpeTokenizer, Tokenizer, tokenizer_from_spec
 from formats.checkpoint import TEMPORARY, sync_folder
@@ -29,6 +29,12 @@ _SHARD_BYTES = 4_000_000_000
 _ESPALIER_NOTE = (
     "no published architecture has these layers: this project opens the folder, transformers does not; "
     "a Llama whose layers differ in size can also be written as GGUF, which llama.cpp reads"
+)
+# transformers 5 splits text so for every folder of Qwen2, whatever its tokenizer.json says.
+_QWEN2_SPLIT = r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+_QWEN2_NOTE = (
+    "transformers 5 takes any tokenizer of a Qwen2 model for Qwen's, which this one is not: "
+    "load it with PreTrainedTokenizerFast.from_pretrained, not with AutoTokenizer"
 )
 
 
@@ -67,15 +73,30 @@ def write_huggingface(payload: dict[str, Any], folder: str | Path, shard_bytes: 
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(folder.parent)
-    notes = [_ESPALIER_NOTE] if family_of(config) == ESPALIER else []
     files = sorted(file.name for file in folder.iterdir())
-    return {"path": str(folder), "files": files, "notes": notes, "largest_difference": difference}
+    return {"path": str(folder), "files": files, "notes": _notes(config, tokenizer), "largest_difference": difference}
 
 
 def _exported_config(values: dict[str, Any], tokenizer: Tokenizer) -> GPTConfig:
     """The network's config with the ids that the tokenizer has; dropout is a setting of training, not of a model."""
     config = GPTConfig.from_dict(values)
     return dataclasses.replace(config, vocab_size=min(config.vocab_size, tokenizer.vocab_size), dropout=0.0)
+
+
+def _notes(config: GPTConfig, tokenizer: Tokenizer) -> list[str]:
+    """What a user of the folder must know."""
+    family = family_of(config)
+    if family == ESPALIER:
+        return [_ESPALIER_NOTE]
+    is_qwen_s = isinstance(tokenizer, BpeTokenizer) and _QWEN2_SPLIT in _split_of(tokenizer)
+    return [_QWEN2_NOTE] if family == "qwen2" and not is_qwen_s else []
+
+
+def _split_of(tokenizer: BpeTokenizer) -> str:
+    """The patterns of the tokenizer's first step, which cuts text into words."""
+    steps = json.loads(tokenizer.tokenizer_json).get("pre_tokenizer") or {}
+    patterns = [step.get("pattern") or {} for step in steps.get("pretokenizers", [steps])]
+    return " ".join(str(pattern.get("Regex")) for pattern in patterns)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -91,27 +112,27 @@ def _config_json(config: GPTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _generation(tokenizer: Tokenizer, template: PromptTemplate | ChatTemplate | None) -> dict[str, Any]:
     """Where generation stops: at the end of text, which comes first, and at what ends an answer."""
-    contents = template.stop if isinstance(template, ChatTemplate) else ()
-    ends = [tokenizer.special_tokens[name] for name in contents if name in tokenizer.special_tokens]
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(dict.fromkeys([tokenizer.eot_id, *ends]))}
+    ends = dict.fromkeys([tokenizer.eot_id, *stop_ids(template, tokenizer)])
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(ends)}
 
 
 def _tokenizer_config(
     config: GPTConfig, tokenizer: Tokenizer, template: PromptTemplate | ChatTemplate | None
 ) -> dict[str, Any]:
     end = next(name for name, token in tokenizer.special_tokens.items() if token == tokenizer.eot_id)
+    begin = tokenizer.spec().get("bos") or ""
     values: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.block_size,
         "clean_up_tokenization_spaces": False,
-        "bos_token": tokenizer.spec().get("bos") or None,
+        "bos_token": begin or None,
         "eos_token": end,
     }
     if isinstance(template, ChatTemplate):
         values |= {"bos_token": template.bos_token or None, "eos_token": template.eos_token or end}
         values["chat_template"] = template.source
     elif template is not None:
-        values["chat_template"] = as_jinja(template, end)
+        values["chat_template"] = as_jinja(template, end, begin)
     return values
 
 
