@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from formats.hf_config import ESPALIER
+from formats.hf_families import ESPALIER
 from model.config import GPTConfig, LayerSizes
 
 

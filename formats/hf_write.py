@@ -17,7 +17,7 @@ from data.templates import PromptTemplate, template_from_spec
 from data.tokenizer import BpeTokenizer, Tokenizer, tokenizer_from_spec
 from formats.checkpoint import TEMPORARY, sync_folder
 from formats.errors import FormatError
-from formats.hf_config import ESPALIER, family_of, from_gpt_config
+from formats.hf_families import ESPALIER, family_of, from_gpt_config
 from formats.hf_names import Stored, prefix, stored_tensors
 from formats.hf_read import read_huggingface
 from formats.open_model import check_weights

@@ -25,17 +25,23 @@ def fetch_from_hub(name: str) -> Path:
         )
     import huggingface_hub
 
-    where = {"repo_id": found["repository"], "revision": found["revision"]}
+    repository, revision = found["repository"], found["revision"]
     try:
         if found["file"]:
-            return Path(huggingface_hub.hf_hub_download(filename=found["file"], **where))
-        folder = Path(huggingface_hub.snapshot_download(allow_patterns=_FILES + _WEIGHTS, **where))
+            return Path(huggingface_hub.hf_hub_download(repository, found["file"], revision=revision))
+        folder = Path(_snapshot(repository, revision, _FILES + _WEIGHTS))
         if not any(folder.glob("model*.safetensors")):
-            huggingface_hub.snapshot_download(allow_patterns=_OLD_WEIGHTS, **where)
+            _snapshot(repository, revision, _OLD_WEIGHTS)
         return folder
     except Exception as error:  # the library's own, httpx's and OSError
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{found['repository']} could not be fetched from the Hub ({type(error).__name__}: {reason}): "
+            f"{repository} could not be fetched from the Hub ({type(error).__name__}: {reason}): "
             "set HF_ENDPOINT to a mirror, or give a local folder"
         ) from None
+
+
+def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> str:
+    import huggingface_hub
+
+    return huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns)

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from formats.errors import FormatError
-from formats.hf_config import family_of, from_gpt_config, to_gpt_config
+from formats.hf_config import to_gpt_config
+from formats.hf_families import family_of, from_gpt_config
 from model.config import PRESETS, GPTConfig, preset
 from tests.foreign_models import FAMILIES
 from tests.model_helpers import GPT2, LLAMA, ROPE_LLAMA3, UNBALANCED

@@ -53,7 +53,7 @@ def test_a_gguf_file_of_a_repository(cache, tmp_path):
 def test_old_weights_are_asked_for_only_where_there_are_no_new_ones(cache, tmp_path, monkeypatch):
     asked = []
 
-    def download(allow_patterns, **where):
+    def download(_, allow_patterns, **where):
         asked.append(allow_patterns)
         return str(tmp_path)
 
