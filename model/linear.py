@@ -19,7 +19,8 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) @ weight (out, in).T + bias. In inference mode few rows go `_few_rows`'s way."""
-    if not torch.is_inference_mode_enabled() or not takes_few_rows(x, weight):
+    # Compilation first: torch.compile can not trace the question after it, and would cut its graph at every layer.
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or not takes_few_rows(x, weight):
         return F.linear(x, weight, bias)
     y = _few_rows(x.reshape(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.size(0))
     return y if bias is None else y + bias

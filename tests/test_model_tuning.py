@@ -227,6 +227,7 @@ def test_compiled_is_eager(case):
     idx, targets = batch(config)
     loss, gradients = loss_and_gradients(model, idx, targets)
     torch.compiler.reset()
+    assert torch._dynamo.explain(model.hidden)(idx).graph_break_count == 0
     compiled = torch.compile(model, backend="eager")
     model.zero_grad()
     again = compiled(idx, targets)
