@@ -39,8 +39,9 @@ KINDS = ("nf4", "int8")
 def quantize_nf4(weight: Tensor) -> tuple[Tensor, ...]:
     """`weight` in NF4: its codes, two to a byte, and the absmax of each block of 64, itself in eight bits.
 
-    Returns codes uint8 (n / 2,), absmax codes int8 (m / 256, 256), absmax scales fp32 (m / 256, 1) and the absmaxes'
-    mean, a scalar, for n weights in m blocks, both rounded up. Each absmax is stored as its distance from the mean.
+    Returns codes uint8 (n / 2,), absmax codes int8 (m / 256, 256), absmax scales fp32 (m / 256, 1), the absmaxes' mean,
+    a scalar, and the two values that each byte of codes stands for, fp32 (256, 2); for n weights in m blocks, both
+    rounded up. Each absmax is stored as its distance from the mean.
     """
     flat = weight.detach().float().flatten()
     blocks = F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)  # (m, 64)
@@ -52,20 +53,18 @@ def quantize_nf4(weight: Tensor) -> tuple[Tensor, ...]:
     restored = _restore_absmax(scale_codes, scales, mean)[: absmax.numel()].unsqueeze(1)
     table = torch.tensor(NF4, device=flat.device)
     borders = (table[1:] + table[:-1]) / 2
-    codes = torch.bucketize(blocks / restored.clamp_min(torch.finfo(torch.float32).tiny), borders).to(torch.uint8)
-    codes = codes.view(-1, 2)
-    return codes[:, 0] << 4 | codes[:, 1], scale_codes, scales, mean
+    scaled = blocks / restored.clamp_min(torch.finfo(torch.float32).tiny)
+    codes = torch.bucketize(scaled, borders, out_int32=True).to(torch.uint8).view(-1, 2)
+    pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1)  # row 16 a + b: the values of a and b
+    return codes[:, 0] << 4 | codes[:, 1], scale_codes, scales, mean, pairs
 
 
 def dequantize_nf4(shape: tuple[int, int], dtype: torch.dtype, *stored: Tensor) -> Tensor:
     """The weight of this shape from what `quantize_nf4` returned."""
-    codes, scale_codes, scales, mean = stored
-    table = torch.tensor(NF4, device=codes.device)
-    # One look-up a byte: row 16 a + b of this table is the pair of values with the codes a and b.
-    pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1)  # (256, 2)
+    codes, scale_codes, scales, mean, pairs = stored
     blocks = F.embedding(codes.int(), pairs).view(-1, BLOCK)  # (m, 64)
     absmax = _restore_absmax(scale_codes, scales, mean)[: blocks.size(0)]
-    weight = (blocks * absmax.unsqueeze(1)).flatten()
+    weight = blocks.mul_(absmax.unsqueeze(1)).flatten()
     return weight[: shape[0] * shape[1]].view(shape).to(dtype)
 
 
