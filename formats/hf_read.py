@@ -63,14 +63,10 @@ def _fit_vocabulary(config: GPTConfig, tokenizer: Tokenizer, folder: Path, notes
         notes.append(f"vocabulary of {rows:,} cut to the {known:,} ids that the tokenizer has")
         return dataclasses.replace(config, vocab_size=known, padded_vocab_size=padded_vocab(known))
     if known > rows:
-        special = set(tokenizer.special_tokens.values())
-        lost = [token for token in range(rows, known) if token not in special]
-        if lost:
-            raise FormatError(
-                f"{folder}: its tokenizer has {known:,} ids, its config.json a vocab_size of {rows:,}: "
-                "they do not belong together"
-            )
-        notes.append(f"the tokenizer's special ids from {rows:,} on are unknown to the model")
+        raise FormatError(
+            f"{folder}: its tokenizer has {known:,} ids, its config.json a vocab_size of {rows:,}: remove what was "
+            "added to the tokenizer, or resize the model's embeddings with transformers"
+        )
     return config
 
 

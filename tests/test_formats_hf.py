@@ -15,7 +15,7 @@ from formats.hf_write import write_huggingface
 from formats.open_model import build_model
 from model.config import GPTConfig
 from model.generate import generate
-from tests.foreign_models import FAMILIES, VOCAB, make_foreign, random_ids, save_foreign
+from tests.foreign_models import FAMILIES, VOCAB, make_foreign, make_tokenizer, random_ids, save_foreign
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = (
@@ -146,6 +146,23 @@ def test_shards_and_bin_and_bodies_give_the_same_weights(tmp_path, family):
         assert all(torch.equal(found[key], wanted[key]) for key in wanted), name
 
 
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_blocks_smaller_than_a_tensor_end_up_in_their_places(tmp_path, monkeypatch, family):
+    """Fused, transposed, and of a table with more rows than ids: in blocks of a few rows, from both kinds of file."""
+    theirs = save_foreign(family, tmp_path)
+    if family == "qwen2":
+        theirs = make_foreign(family, vocab_size=401)
+        theirs.save_pretrained(tmp_path)
+    wanted = read_huggingface(tmp_path)["model"]
+    monkeypatch.setattr("formats.safetensors_file._BLOCK_BYTES", 1500)
+    monkeypatch.setattr("formats.hf_folder._BLOCK_ELEMENTS", 300)
+    for _ in range(2):
+        found = read_huggingface(tmp_path)["model"]
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        (tmp_path / "model.safetensors").unlink(missing_ok=True)
+        torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+
+
 def test_names_without_prefix_and_old_buffers_are_read(tmp_path):
     """The first files of GPT-2 on the Hub: no `transformer.`, causal masks among the weights."""
     from safetensors.torch import save_file
@@ -187,8 +204,6 @@ def test_a_vocabulary_wider_than_the_tokenizer_is_cut(tmp_path):
     """Qwen's tables have rows that no token has; nothing could decode them."""
     theirs = make_foreign("qwen2", vocab_size=401)
     theirs.save_pretrained(tmp_path)
-    from tests.foreign_models import make_tokenizer
-
     make_tokenizer().save_pretrained(tmp_path)
     payload = read_huggingface(tmp_path)
     assert (payload["config"]["vocab_size"], payload["config"]["padded_vocab_size"]) == (VOCAB, 384)
