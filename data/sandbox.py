@@ -36,15 +36,15 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+_TEXT_FILTERS = _names("capitalize e escape lower safe title trim upper")  # of what they are given as text
 _FINITE_FILTERS = _names(
-    "abs capitalize count d default dictsort e escape first float items last length list lower map reject rejectattr "
-    "reverse safe select selectattr title trim upper"
+    "abs count d default first float items last length map reject rejectattr reverse select selectattr"
 )
-_ORDERING_FILTERS = _names("max min sort unique")
+_ORDERING_FILTERS = _names("dictsort max min sort unique")
 _PLAIN_TESTS = _names(
-    "boolean defined even false float integer iterable mapping none number odd sameas sequence string true undefined"
+    "boolean defined false float integer iterable mapping none number sameas sequence string true undefined"
 )
-_COMPARING_TESTS = _names("!= < <= == > >= divisibleby eq equalto ge greaterthan gt le lessthan lower lt ne upper")
+_COMPARING_TESTS = _names("!= < <= == > >= eq equalto ge greaterthan gt le lessthan lower lt ne upper")
 _METHODS: dict[type, frozenset[str]] = {
     str: _names(
         "capitalize casefold center count endswith find format format_map index isalnum isalpha isascii isdecimal "
@@ -150,7 +150,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.filters = _filters(self)
         self.tests = {name: TESTS[name] for name in _PLAIN_TESTS}
         self.tests |= {name: _comparing(TESTS[name]) for name in _COMPARING_TESTS}
-        self.tests["in"] = lambda value, container: checks.compared(value) in checks.searched(container)
+        self.tests |= {
+            "divisibleby": lambda value, number: checks.percent(value, number) == 0,
+            "even": lambda value: checks.percent(value, 2) == 0,
+            "in": lambda value, container: checks.compared(value) in checks.searched(container),
+            "odd": lambda value: checks.percent(value, 2) == 1,
+        }
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
         """Jinja's hook between parsing and generating code."""
@@ -252,6 +257,7 @@ def _filters(environment: _Sandbox) -> dict[str, Callable[..., Any]]:
         return functools.wraps(function)(lambda *args, **kwargs: checks.everything(function(*args, **kwargs)))
 
     return {
+        **{name: functools.partial(checks.as_text, FILTERS[name]) for name in _TEXT_FILTERS},
         **{name: finite(FILTERS[name]) for name in _FINITE_FILTERS},
         **{
             name: functools.wraps(f := FILTERS[name])(functools.partial(checks.ordered, f))
@@ -261,6 +267,7 @@ def _filters(environment: _Sandbox) -> dict[str, Callable[..., Any]]:
         "indent": functools.partial(checks.indented, FILTERS["indent"]),
         "int": functools.partial(checks.integer, FILTERS["int"]),
         "join": join,
+        "list": lambda value: checks.everything(iter(value)),
         "replace": checks.replaced,
         "string": checks.text,
         "tojson": checks.as_json,
@@ -318,6 +325,14 @@ class _Guard(NodeTransformer):
             for each in node.nodes
         ]
         return node
+
+    def visit_Call(self, node: nodes.Call | nodes.Filter | nodes.Test) -> nodes.Node:
+        self.generic_visit(node)
+        if node.dyn_args is not None:  # f(*text) makes a tuple of its characters
+            node.dyn_args = _checked("turns", node.dyn_args)
+        return node
+
+    visit_Filter = visit_Test = visit_Call
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)

@@ -22,6 +22,7 @@ _SECONDS = 1.0
 _DEPTH = 100  # of lists in lists; the deepest tool description in the wild has about ten
 _BITS = 4096  # of an integer
 _WIDTH = 4096  # that a format pads to
+_STRIPPED = 256  # characters that strip may look for, each at every step
 _REPR = 12  # characters that one may become: \U0001f600 in repr, a pair of \ud83d in JSON
 _CONTAINERS = (list, tuple, dict, set, KeysView, ValuesView, ItemsView)
 _DIRECTIVE = re.compile(r"%(?:%|(?:\(([^)]*)\))?[-+ #0]*(\*|\d*)(?:\.(\*|\d*))?)")
@@ -242,10 +243,17 @@ def now(format: str) -> str:
     return datetime.now().strftime(format)
 
 
+def as_text(function: Callable[..., Any], value: Any, *args: Any, **kwargs: Any) -> Any:
+    """A filter that takes the text of what it is given."""
+    if any(isinstance(arg, str) and len(arg) > _STRIPPED for arg in (*args, *kwargs.values())):
+        raise ValueError(f"it strips more than {_STRIPPED} different characters")
+    return made(function(text(value), *args, **kwargs))
+
+
 def ordered(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A filter that compares or hashes the elements of its argument: sort, unique, min, max."""
     for value in args:
-        charge(4 * weigh(value, _BUDGET.get().left)[0])
+        charge(STEP * len(value) if isinstance(value, str) else 4 * weigh(value, _BUDGET.get().left)[0])
     return everything(function(*args, **kwargs))
 
 
@@ -259,6 +267,8 @@ def call_method(string: str, name: str, args: tuple[Any, ...], kwargs: dict[str,
     if name == "join":
         args = ([*turns(args[0])],)
         charge(sum(len(piece) + len(string) for piece in args[0] if isinstance(piece, str)))
+    elif name in ("strip", "lstrip", "rstrip") and args and len(args[0] or "") > _STRIPPED:
+        raise ValueError(f"it strips more than {_STRIPPED} different characters")
     elif name == "replace":
         charge(len(string) + string.count(args[0]) * len(args[1]))
     elif name in ("center", "ljust", "rjust", "zfill"):

@@ -138,6 +138,18 @@ HARMFUL = {
     "sort": "{{ ([[1] * 1000] * 1000)|sort|length }}",
     "split": "{{ ('a ' * 2000000).split()|length }}",
     "map": doubling("ns.x|map('string')", "range(100000)"),
+    "text of lists": doubling("[ns.x, ns.x]|upper"),
+    "remainder of a text": "{{ '%1000000000d' is odd }}",
+    "remainder of a text again": "{{ '%1000000000d' is divisibleby 1 }}",
+    "list of characters": "{{ ('\u4e2d' * 4000000)|list|length }}",
+    "arguments of characters": "{{ namespace(*('\u4e2d' * 4000000)) }}",
+    "sorted characters": "{{ ('\u4e2d' * 4000000)|sort|length }}",
+    "strip": "{{ ('a' * 1000000).strip('b' * 1000000 ~ 'a') }}",
+    "trim": "{{ ('a' * 1000000)|trim('b' * 1000000 ~ 'a') }}",
+    "equal lists": "{% set a = ['x'] * 9999 %}{% set b = ['x'] * 9999 %}{% for i in range(99999) %}{{ a == b }}"
+    "{% endfor %}",
+    "changed": "{% set a = ['x'] * 50000 %}{% set b = ['x'] * 50000 %}{% for i in range(99999) %}"
+    "{% if loop.changed(a if i is odd else b) %}{% endif %}{% endfor %}",
     "big integer": "{{ ('f' * 1000000)|int(0, 16) }}",
     "time": "{{ strftime_now('%Y' * 1000000) }}",
     "deep": "{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}",
