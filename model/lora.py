@@ -179,6 +179,16 @@ class LoraLayer(nn.Module):
         scaled = out if bias is None else out - bias
         return out + (self._ratio() - 1.0).to(out.dtype) * scaled
 
+    @torch.no_grad()
+    def plain_pair(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) with delta = scale * B A on the base itself, for files that know no start.
+
+        r is the rank, but twice that after PiSSA's start: [A; A0] and [B, -B0]. A mask is not in them.
+        """
+        if self.lora_A_start is None or self.lora_B_start is None:
+            return self.lora_A.detach(), self.lora_B.detach()
+        return torch.cat((self.lora_A, self.lora_A_start)), torch.cat((self.lora_B, -self.lora_B_start), dim=1)
+
     @property
     def merge_refusal(self) -> str | None:
         """Why the weights can not be merged; None if they can."""

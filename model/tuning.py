@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.adapters import AdapterSettings, Bottleneck, apply_adapters
+from model.config import check_known
 from model.gpt import GPT
 from model.lora import LoraLayer, LoraLinear, LoraSettings, apply_lora, lora_layers
 from model.prompt_methods import PrefixSettings, Prompt, PTuningSettings, apply_p_tuning, apply_prefix
@@ -71,6 +73,12 @@ METHODS: dict[str, Method] = {
 }
 
 
+def method_named(name: str) -> Method:
+    """The method of that name; ValueError with the nearest if there is none."""
+    check_known([name], list(METHODS), "finetune_method")
+    return METHODS[name]
+
+
 def apply_method(
     model: GPT, method: str, settings: object = None, *, masks: Masks | None = None, fresh: bool = True
 ) -> GPT:
@@ -79,14 +87,26 @@ def apply_method(
     What trains afterwards is what has requires_grad. masks: a pruned model's, by name of weight, which LoRA keeps.
     fresh=False: `load_adapter_state` follows, costly starting values may be left out. ValueError as the methods say.
     """
-    if method not in METHODS:
-        near = difflib.get_close_matches(method, METHODS, n=1, cutoff=0.0)
-        raise ValueError(f"unknown finetune_method {method!r}: did you mean {near[0]!r}?")
-    entry = METHODS[method]
+    entry = method_named(method)
     settings = entry.settings() if settings is None else settings
     assert isinstance(settings, entry.settings), f"{method} takes {entry.settings.__name__}, not {settings!r}"
     entry.apply(model, settings, masks, fresh)
     return model
+
+
+def settings_to_dict(settings: Any) -> dict[str, Any]:
+    """A method's settings as plain numbers, strings and lists, fit for JSON; `settings_from_dict` reads them back."""
+    values = dataclasses.asdict(settings)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def settings_from_dict(method: str, values: Mapping[str, Any]) -> Any:
+    """The settings of `method` that `settings_to_dict` wrote. ValueError names what is unknown or out of range."""
+    kind = method_named(method).settings
+    check_known(values, [f.name for f in dataclasses.fields(kind)], f"{method} setting")
+    if method == "qlora" and "lora" in values:
+        values = {**values, "lora": settings_from_dict("lora", values["lora"])}
+    return kind(**values)
 
 
 class AdapterModule(Protocol):
@@ -176,7 +196,10 @@ def unmerge(model: nn.Module) -> None:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is its base: the reference of a preference loss, for no memory. ValueError while merged."""
+    """Inside, the model is its base: the reference of a preference loss, for no memory. ValueError while merged.
+
+    A backward pass must end inside too, or where checkpointing recomputes, it would do so with the adapter.
+    """
     modules = [module for _, module in adapter_modules(model)]
     if any(isinstance(module, LoraLayer) and module.base_copy is not None for module in modules):
         raise ValueError("the adapter is merged into the weights: unmerge it before it is switched off")

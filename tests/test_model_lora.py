@@ -247,6 +247,15 @@ def test_dropout_has_autograds_gradients_and_keeps_less():
     assert kept <= (4 + 1 + 1) * x.numel() + thin
 
 
+@pytest.mark.parametrize("start", ["default", "pissa"])
+def test_a_plain_pair_is_the_adapter_on_the_published_base(start):
+    model = train_a_little(apply_lora(build(LLAMA), dataclasses.replace(ALL, start=start)))
+    for layer in lora_layers(model):
+        A, B = layer.plain_pair()
+        assert len(A) == B.size(1) == (8 if start == "pissa" else 4)
+        torch.testing.assert_close(layer.scale * B @ A, layer.delta())
+
+
 def test_plus_rates_and_scales():
     model = apply_lora(build(LLAMA), LoraSettings(lr_ratio=16.0, dora=True))
     rates = lr_multipliers(model, LoraSettings(lr_ratio=16.0))

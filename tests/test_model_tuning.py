@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import re
 
 import pytest
@@ -24,6 +25,8 @@ from model.tuning import (
     freeze_all_but,
     load_adapter_state,
     merge,
+    settings_from_dict,
+    settings_to_dict,
     trainable_line,
     trainable_report,
 )
@@ -274,6 +277,18 @@ def test_an_unknown_method_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match=r"unknown finetune_method 'ptuning': did you mean 'p_tuning'\?"):
         apply_method(build(LLAMA), "ptuning")
     assert set(METHODS) == {"full", "progressive", "freeze", "lora", "qlora", "adapter", "prefix", "p_tuning"}
+
+
+@CASE
+def test_settings_survive_json(case):
+    method, settings = CASES[case]
+    values = json.loads(json.dumps(settings_to_dict(settings)))
+    assert settings_from_dict(method, values) == settings
+    with pytest.raises(ValueError, match=f"unknown {method} setting 'lengthh'"):
+        settings_from_dict(method, values | {"lengthh": 3})
+    if method == "qlora":
+        with pytest.raises(ValueError, match="LoRA rank is 0"):
+            settings_from_dict(method, values | {"lora": {"rank": 0}})
 
 
 @pytest.mark.parametrize("method", ["adapter", "prefix", "p_tuning"])
