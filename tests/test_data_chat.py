@@ -1,7 +1,11 @@
 """Conversations: the text of transformers, ids in which nobody's words are special, and a mask of the assistant's."""
 
 import json
+import subprocess
+import sys
 from functools import cache
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,10 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from data.chat import CHAT_TEMPLATES, ChatTemplate, as_jinja, check_messages, render_conversation, stop_ids
+from data.encode import Encoder, Item
+from data.prepare import prepare
+from data.settings import PrepareSettings
+from data.shards import open_dataset
 from data.templates import TEMPLATES, get_template, render_prompt, render_record, template_from_spec
 from data.tokenizer import BpeTokenizer, Tokenizer, load_tokenizer
 from tests.test_data_tokenizer_special import LLAMA3_SPLIT, ours
@@ -174,11 +182,10 @@ TEMPLATES_OF_ALL_KINDS = {
     "upper case": "{% for m in messages %}[{{ m.role }}] {{ m.content|trim|upper }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}",
     "looks inside": "{% for m in messages %}[{{ m.role }}] {% if m.content.startswith('H') %}H:{% endif %}"
-    "{{ m.content }}"
     "{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}",
     "blocks": "{% for m in messages %}[{{ m.role }}] {% if m.role == 'assistant' %}"
-    "{% generation %}{{ m.content|upper }}</s>{% endgeneration %}{% else %}"
-    "{{ m.content }}</s>{% endif %}\n{% endfor %}",
+    "{% generation %}{{ m.content|upper }}</s>{% endgeneration %}"
+    "{% else %}{{ m.content }}</s>{% endif %}\n{% endfor %}",
 }
 ANSWERS = {"upper case": "HELLO</s>", "looks inside": "H:Hello</s>", "blocks": "HELLO</s>"}
 
@@ -301,6 +308,39 @@ def test_prompts_begin_with_the_first_token_of_the_model() -> None:
 def test_prompt_templates_take_turns(messages: list[dict[str, str]], prompt: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         render_conversation(messages, TEMPLATES["dolly"], BYTES, add_generation_prompt=prompt)
+
+
+def test_token_sets_are_written_through_chat_templates(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Add {n}.", "context": "" if n % 2 else "and one", "response": str(n)} for n in range(40)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    folder = str(tmp_path / "set")
+    common = {"source": "jsonl", "input": (str(file),), "val_fraction": 0.0, "prompt_template": "chatml", "workers": 1}
+    for tokenizer in ("byte", "bpe"):
+        meta = prepare(PrepareSettings(**common, tokenizer=tokenizer, vocab_size=300, data_dir=folder + tokenizer))
+        assert template_from_spec(meta["template"]) == CHAT_TEMPLATES["chatml"]
+        stored = load_tokenizer(folder + tokenizer)
+        expected = [render_record({**row, "category": ""}, CHAT_TEMPLATES["chatml"], stored) for row in rows]
+        tokens = open_dataset(folder + tokenizer, "train")
+        starts = tokens.document_starts.tolist()
+        written = [(tokens.tokens(a, b).tolist(), tokens.mask(a, b).tolist()) for a, b in pairwise(starts)]
+        assert written == expected
+
+
+def test_documents_begin_with_the_first_token_of_the_model() -> None:
+    first = BpeTokenizer(byte_level().tokenizer_json, bos="<s>")
+    items = [Item("train", "Hello", ends=False), Item("train", " there", begins=False), Item("train", "Hi")]
+    for tokenizer, bos in ((first, [first.bos_id]), (byte_level(), [])):
+        encoded = Encoder(tokenizer, None)(items)
+        parts = [[*bos, *tokenizer.encode("Hello")], tokenizer.encode(" there"), [*bos, *tokenizer.encode("Hi")]]
+        assert encoded.ids.tolist() == parts[0] + [*parts[1], tokenizer.eot_id] + [*parts[2], tokenizer.eot_id]
+        assert [part[2] for part in encoded.parts] == [len(parts[0]), len(parts[1]) + 1, len(parts[2]) + 1]
+
+
+def test_settings_load_neither_numpy_nor_jinja() -> None:
+    program = "import sys, data.settings; print(sorted({'numpy', 'jinja2', 'tokenizers'} & set(sys.modules)))"
+    root = Path(__file__).resolve().parent.parent
+    assert subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True).stdout == "[]\n"
 
 
 # ---- specifications, stop tokens, messages
