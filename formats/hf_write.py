@@ -73,8 +73,9 @@ def write_huggingface(payload: dict[str, Any], folder: str | Path, shard_bytes: 
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(folder.parent)
+    notes = _notes(config, tokenizer, GPTConfig.from_dict(payload["config"]).vocab_size)
     files = sorted(file.name for file in folder.iterdir())
-    return {"path": str(folder), "files": files, "notes": _notes(config, tokenizer), "largest_difference": difference}
+    return {"path": str(folder), "files": files, "notes": notes, "largest_difference": difference}
 
 
 def _exported_config(values: dict[str, Any], tokenizer: Tokenizer) -> GPTConfig:
@@ -83,13 +84,15 @@ def _exported_config(values: dict[str, Any], tokenizer: Tokenizer) -> GPTConfig:
     return dataclasses.replace(config, vocab_size=min(config.vocab_size, tokenizer.vocab_size), dropout=0.0)
 
 
-def _notes(config: GPTConfig, tokenizer: Tokenizer) -> list[str]:
+def _notes(config: GPTConfig, tokenizer: Tokenizer, given_ids: int) -> list[str]:
     """What a user of the folder must know."""
     family = family_of(config)
-    if family == ESPALIER:
-        return [_ESPALIER_NOTE]
-    is_qwen_s = isinstance(tokenizer, BpeTokenizer) and _QWEN2_SPLIT in _split_of(tokenizer)
-    return [_QWEN2_NOTE] if family == "qwen2" and not is_qwen_s else []
+    notes = [_ESPALIER_NOTE] if family == ESPALIER else []
+    if family == "qwen2" and not (isinstance(tokenizer, BpeTokenizer) and _QWEN2_SPLIT in _split_of(tokenizer)):
+        notes.append(_QWEN2_NOTE)
+    if config.vocab_size < given_ids:
+        notes.append(f"vocabulary of {given_ids:,} cut to the {config.vocab_size:,} ids that the tokenizer has")
+    return notes
 
 
 def _split_of(tokenizer: BpeTokenizer) -> str:

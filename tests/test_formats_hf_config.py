@@ -4,10 +4,12 @@ import dataclasses
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from formats.errors import FormatError
 from formats.hf_config import to_gpt_config
-from formats.hf_families import family_of, from_gpt_config
+from formats.hf_families import ARCHITECTURES, family_of, from_gpt_config
 from model.config import PRESETS, GPTConfig, preset
 from tests.foreign_models import FAMILIES
 from tests.model_helpers import GPT2, LLAMA, ROPE_LLAMA3, UNBALANCED
@@ -38,6 +40,9 @@ LLAMA31 = {  # as the file on the Hub has it
     "torch_dtype": "bfloat16",
     "vocab_size": 128256,
 }
+
+
+ROPE_KEYS = ["rope_type", "type", "factor", "rope_theta", "low_freq_factor", "original_max_position_embeddings"]
 
 
 def read(**values):
@@ -161,6 +166,35 @@ def test_what_is_not_supported_is_said(values, message):
     with pytest.raises(FormatError, match=message) as caught:
         to_gpt_config(values, "some/config.json")
     assert str(caught.value).startswith("some/config.json: ") and "\n" not in str(caught.value)
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 9)
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["silu", "", "yarn"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(ROPE_KEYS), inner, max_size=4),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_whatever_stands_in_a_config_only_format_error_leaves(data):
+    """Keys of good configs, some with values of any kind."""
+    good = data.draw(st.sampled_from([LLAMA31, from_gpt_config(GPT2), from_gpt_config(llama(**UNBALANCED))]))
+    names = st.sampled_from([*good, "rope_parameters", "layer_types", "sliding_window", "head_dim"])
+    kinds = st.fixed_dictionaries({}, optional={"model_type": st.sampled_from([*ARCHITECTURES, None])})
+    values = {**good, **data.draw(kinds), **data.draw(st.dictionaries(names, json_values, max_size=3))}
+    try:
+        config, notes = to_gpt_config(values, "config.json")
+    except FormatError as error:
+        assert str(error).startswith("config.json: ") and len(str(error)) < 700
+        return
+    assert config.block_size >= 1 and all(isinstance(note, str) for note in notes)
+    assert GPTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def llama(**changes):

@@ -176,6 +176,15 @@ def test_a_qwen2_model_with_another_tokenizer_is_noted(tmp_path):
     assert theirs("Don't  x=12").input_ids == BYTE.encode("Don't  x=12")
 
 
+def test_ids_that_the_tokenizer_lacks_stay_here(tmp_path):
+    payload = payload_of(LLAMA)
+    payload["config"]["vocab_size"] = 300
+    report = write_huggingface(payload, tmp_path / "out")
+    assert report["notes"] == ["vocabulary of 300 cut to the 257 ids that the tokenizer has"]
+    assert report["largest_difference"] == 0.0
+    assert read_huggingface(tmp_path / "out")["config"]["vocab_size"] == 257
+
+
 def test_an_existing_folder_or_file_is_left_alone(tmp_path):
     payload = payload_of(GPT2)
     (tmp_path / "full").mkdir()

@@ -1,5 +1,8 @@
 """Hub names, against a cache folder made by hand: no test touches the network (HF_HUB_OFFLINE is set)."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -11,6 +14,7 @@ from formats.hf_read import read_huggingface
 from formats.hub import fetch_from_hub
 from tests.foreign_models import save_foreign
 
+ROOT = Path(__file__).resolve().parent.parent
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -64,6 +68,16 @@ def test_old_weights_are_asked_for_only_where_there_are_no_new_ones(cache, tmp_p
     (tmp_path / "model-00001-of-00002.safetensors").unlink()
     fetch_from_hub("a/b")
     assert asked[2] == ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+
+
+def test_a_network_that_fails_leaves_the_cache(tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "model.safetensors").touch()
+    snapshot = cached(tmp_path / "hub", "somebody/tiny", tmp_path / "made")
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
+    code = "from formats.hub import fetch_from_hub; print(fetch_from_hub('somebody/tiny'))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **nowhere}, capture_output=True)
+    assert found.stdout.decode().strip() == str(snapshot), found.stderr.decode()
 
 
 def test_what_cannot_be_fetched_is_one_line_with_a_remedy(cache):
