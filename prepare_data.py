@@ -10,6 +10,7 @@ python prepare_data.py inspect pydocs-qa --block_size 256
 
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.settings import InspectSettings, PrepareSettings
@@ -26,7 +27,7 @@ def main(settings: PrepareSettings) -> None:
     # Without this, SIGTERM would end the process with the half-written folder left behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        manifest = prepare(settings, _checkpoint_tokenizer(settings.tokenizer))
+        manifest = prepare(settings, _model_tokenizer(settings.tokenizer))
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         raise SystemExit(130) from None
@@ -41,17 +42,18 @@ def inspect(settings: InspectSettings) -> None:
     print(inspect_dataset(settings.data_dir, settings.block_size, settings.records))
 
 
-def _checkpoint_tokenizer(ref: str) -> "Tokenizer | None":
-    """The tokenizer inside a checkpoint, None if `ref` is no .pt. The data room knows nothing of checkpoints."""
-    if not ref.endswith(".pt"):
-        return None
-    from data.tokenizer import tokenizer_from_spec
-    from formats.checkpoint import load_checkpoint
+def _model_tokenizer(ref: str) -> "Tokenizer | None":
+    """The tokenizer of a model; None where `ref` is none but a tokenizer itself or a prepared set.
 
-    payload = load_checkpoint(ref)
-    if not payload.get("tokenizer"):
-        raise ValueError(f"{ref}: the checkpoint holds no tokenizer; name one with --tokenizer")
-    return tokenizer_from_spec(payload["tokenizer"])
+    The data room knows nothing of models, so their tokenizers are fetched here.
+    """
+    path = Path(ref)
+    on_hub = "/" in ref and not path.exists() and not path.parent.is_dir()
+    if not (ref.endswith((".pt", ".gguf")) or (path / "config.json").is_file() or on_hub):
+        return None
+    from formats.open_model import load_any_tokenizer  # brings torch, which the other tokenizers do without
+
+    return load_any_tokenizer(ref)
 
 
 def _summary(manifest: dict[str, Any]) -> str:
@@ -69,10 +71,8 @@ def _summary(manifest: dict[str, Any]) -> str:
 if __name__ == "__main__":
     words = sys.argv[1:]
     if words[:1] == ["inspect"]:
-        words = words[1:]
-        if words and not words[0].startswith("-"):
-            words.insert(0, "--data_dir")
-        run_script(inspect, InspectSettings, "Show what a prepared set holds: prepare_data.py inspect DIR", words)
+        description = "Show what a prepared set holds: prepare_data.py inspect DIR"
+        run_script(inspect, InspectSettings, description, words[1:], positionals=["data_dir"])
     else:
         run_script(
             main, PrepareSettings, "Turn text or records into token shards. Also: prepare_data.py inspect DIR", words

@@ -2,6 +2,7 @@
 
     python sample.py --checkpoints logs_finetune/best.pt --prompt "What is a tuple?"
     python sample.py --checkpoints logs/model_00999.pt logs_finetune/best.pt --prompts prompts.txt --html compare.html
+    python sample.py --checkpoints HuggingFaceTB/SmolLM2-135M-Instruct --chat
     echo "What is a tuple?" | python sample.py --checkpoints logs_finetune/best.pt --prompts -
 
 All checkpoints get the same prompts, in the same format, with the same seed. Exit code 2 for bad input.
@@ -10,15 +11,43 @@ All checkpoints get the same prompts, in the same format, with the same seed. Ex
 import dataclasses
 import shutil
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from evaluation.settings import SampleSettings
 from training.settings import run_script
 
+if TYPE_CHECKING:
+    from evaluation.compare import Sampling
+
 
 def main(settings: SampleSettings) -> None:
+    """Answer prompts, or hold a conversation."""
+    if settings.chat:
+        chat(settings)
+    else:
+        answer(settings)
+
+
+def chat(settings: SampleSettings) -> None:
+    """Talk with one checkpoint in the terminal."""
+    from evaluation.chat import Chat, converse
+    from formats.open_model import open_model
+    from training.distributed import choose_device
+
+    others = [name for name in ("prompt", "prompts", "json", "html") if getattr(settings, name)]
+    if len(settings.checkpoints) != 1 or others:
+        what = f"--{others[0]} does not go with it" if others else f"{len(settings.checkpoints)} were given"
+        raise ValueError(f"--chat talks with one checkpoint and reads what you type: {what}")
+    opened = open_model(settings.checkpoints[0], choose_device(settings.device))
+    conversation = Chat(opened, _sampling(settings), settings.prompt_template, settings.system)
+    converse(conversation, _typed_lines(), _write)
+
+
+def answer(settings: SampleSettings) -> None:
     """Generate, show, write the files that were asked for."""
     from evaluation.checkpoints import ignore
-    from evaluation.compare import Sampling, compare, prompt_fields
+    from evaluation.compare import compare, prompt_fields
     from evaluation.prompts import prompt_record, read_prompts
     from report.compare import compare_page
     from report.files import write_json
@@ -33,7 +62,7 @@ def main(settings: SampleSettings) -> None:
     comparison = compare(
         settings.checkpoints,
         prompts,
-        Sampling(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Sampling)}),
+        _sampling(settings),
         prompt_template=settings.prompt_template,
         batch_size=settings.batch_size,
         device=choose_device(settings.device),
@@ -47,6 +76,24 @@ def main(settings: SampleSettings) -> None:
         print(f"JSON: {write_json(settings.json, comparison)}")
     if settings.html is not None:
         print(f"Page: {compare_page(comparison, settings.html)}")
+
+
+def _sampling(settings: SampleSettings) -> "Sampling":
+    from evaluation.compare import Sampling
+
+    return Sampling(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Sampling)})
+
+
+def _typed_lines() -> Iterator[str]:
+    """Lines of the terminal with a prompt before each; of a file or pipe without."""
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print()
+            return
 
 
 def _write(text: str) -> None:

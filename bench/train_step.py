@@ -11,16 +11,18 @@ dropout, random tokens. The peer runs as published: its model, its `configure_op
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench.side_by_side import Worker, answer_calls, interleave  # noqa: E402
+
 CASES: dict[str, dict[str, int]] = {
     "124M-4x256": {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab": 50304, "batch": 4, "block": 256},
     "124M-1x1024": {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab": 50304, "batch": 1, "block": 1024},
@@ -52,7 +54,6 @@ def batches(case: dict[str, int]) -> Callable[[], tuple[Any, Any]]:
 
 def our_step(case: dict[str, int]) -> Callable[[], float]:
     """A step made of the parts that the training loop uses."""
-    sys.path.insert(0, str(ROOT))
     import torch
 
     from model.config import preset
@@ -120,61 +121,22 @@ def peer_step(case: dict[str, int], folder: str) -> Callable[[], float]:
     return step
 
 
-def work(side: str, case: dict[str, int], folder: str) -> None:
-    """A worker: one step for each line read; answers with seconds, loss and peak memory."""
-    out = sys.stdout
-    sys.stdout = sys.stderr  # what the peer prints must not mix with the answers
-    step = our_step(case) if side == "ours" else peer_step(case, folder)
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        loss = step()
-        seconds = time.perf_counter() - started
-        print(json.dumps({"seconds": seconds, "loss": loss, "peak_mb": peak_rss_mb()}), file=out, flush=True)
-
-
-def peak_rss_mb() -> float:
-    """VmHWM of this process in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 / 1e6
-
-
-class Worker:
-    """One side in a process of its own."""
-
-    def __init__(self, side: str, name: str, folder: str) -> None:
-        command = [sys.executable, __file__, "--worker", side, "--case", name, "--nanogpt", folder]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def step(self) -> dict[str, float]:
-        stdin, stdout = self.process.stdin, self.process.stdout
-        assert isinstance(stdin, IO) or stdin is not None
-        assert stdout is not None
-        stdin.write("step\n")
-        stdin.flush()
-        answer: dict[str, float] = json.loads(stdout.readline())
-        return answer
-
-    def close(self) -> None:
-        if self.process.stdin is not None:
-            self.process.stdin.close()
-        self.process.wait(timeout=60)
+def timed(step: Callable[[], float]) -> dict[str, float]:
+    """Seconds and loss of one step."""
+    started = time.perf_counter()
+    loss = step()
+    return {"seconds": time.perf_counter() - started, "loss": loss}
 
 
 def compare(name: str, pairs: int, folder: str) -> dict[str, float]:
     """Ratios (ours over the peer's) from interleaved pairs after one warm-up step each."""
     case = CASES[name]
-    ours, peer = Worker("ours", name, folder), Worker("peer", name, folder)
+    flags = ["--case", name, "--nanogpt", folder]
+    ours, peer = (Worker(__file__, [*flags, "--worker", side]) for side in ("ours", "peer"))
     first = ours.step()["loss"], peer.step()["loss"]
-    rows = []
-    for index in range(pairs):
-        order = (ours, peer) if index % 2 == 0 else (peer, ours)
-        done = {worker: worker.step() for worker in order}
-        rows.append((done[ours], done[peer]))
-        print(
-            f"  pair {index + 1}: ours {rows[-1][0]['seconds']:.2f} s, peer {rows[-1][1]['seconds']:.2f} s", flush=True
-        )
-    ours.close()
-    peer.close()
+    rows = list(zip(*interleave([ours, peer], pairs)))
+    for index, (own, theirs) in enumerate(rows):
+        print(f"  pair {index + 1}: ours {own['seconds']:.2f} s, peer {theirs['seconds']:.2f} s", flush=True)
     ratios = [theirs["seconds"] / own["seconds"] for own, theirs in rows]
     tokens = case["batch"] * case["block"]
     return {
@@ -201,7 +163,9 @@ def main() -> None:
     parser.add_argument("--worker", choices=["ours", "peer"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        work(arguments.worker, CASES[arguments.case[0]], arguments.nanogpt)
+        case = CASES[arguments.case[0]]
+        step = our_step(case) if arguments.worker == "ours" else peer_step(case, arguments.nanogpt)
+        answer_calls(lambda: timed(step))
         return
     for name in arguments.case:
         print(name, flush=True)

@@ -24,11 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.templates import PromptTemplate, Record, get_template, render_prompt, render_record
+from data.chat import Template, stop_ids
+from data.prompt_template import PromptTemplate, Record
+from data.templates import get_template, render_prompt, render_record
 from data.tokenizer import Tokenizer
 from evaluation.checkpoints import check_vocabulary, finite_or_none, ignore, short_labels
 from evaluation.perplexity import ArrayTokens, PerplexityResult, perplexity, safe_exp
-from formats.open_model import OpenModel, open_model
+from formats.open_model import OpenModel, check_exists, open_model
 from model.generate import generate
 
 
@@ -72,8 +74,7 @@ def compare(
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: expected at least 1")
     for ref in checkpoints[1:]:
-        if not Path(ref).exists():
-            open_model(ref)  # raises: a mistyped name is told now, not after the first checkpoint's answers
+        check_exists(ref)  # a mistyped name is told now, not after the first checkpoint's answers
     labels = short_labels(checkpoints)
     first = open_model(checkpoints[0], device)
     template, origin = _choose_template(prompt_template, first, checkpoints, labels)
@@ -98,13 +99,13 @@ def compare(
         "notes": notes,
         "settings": {**asdict(sampling), "prompt_template": name, "batch_size": batch_size, "device": str(device)},
         "checkpoints": heads,
-        "rows": [_row(record, template, row) for record, row in zip(prompts, zip(*columns))],
+        "rows": [_row(record, template, first.tokenizer, row) for record, row in zip(prompts, zip(*columns))],
     }
 
 
 def _choose_template(
     name: str, first: OpenModel, checkpoints: Sequence[str | Path], labels: Sequence[str]
-) -> tuple[PromptTemplate | None, str]:
+) -> tuple[Template | None, str]:
     """The template of all columns, and where it comes from if it was not asked for by name.
 
     Identical input is the honest comparison, so `auto` takes the first template among the checkpoints for all of them.
@@ -119,7 +120,7 @@ def _choose_template(
     return None, "no checkpoint holds a template"
 
 
-def reference_loss(opened: OpenModel, record: Record, template: PromptTemplate | None) -> dict[str, Any] | None:
+def reference_loss(opened: OpenModel, record: Record, template: Template | None) -> dict[str, Any] | None:
     """Loss and perplexity of the record's reference after its prompt, scored on the reference's tokens only.
 
     With a template this is the loss of training, end of text included. Without one, the reference continues the raw
@@ -146,7 +147,7 @@ def _score(opened: OpenModel, ids: np.ndarray, mask: np.ndarray) -> PerplexityRe
 def _answers(
     opened: OpenModel,
     prompts: Sequence[Record],
-    template: PromptTemplate | None,
+    template: Template | None,
     sampling: Sampling,
     batch_size: int,
     on_text: Callable[[int, str], None],
@@ -164,17 +165,17 @@ def _answers(
 def _answer(
     opened: OpenModel,
     batch: list[list[int]],
-    template: PromptTemplate | None,
+    template: Template | None,
     sampling: Sampling,
     first_row: int,
     on_text: Callable[[int, str], None],
 ) -> list[dict[str, Any]]:
     """The answers to one batch of prompts, with their figures."""
     watch = _Watch(opened.tokenizer, len(batch), first_row, on_text)
-    stop = (opened.tokenizer.eot_id,)
+    stop = stop_ids(template, opened.tokenizer)
     answers = generate(opened.model, batch, **asdict(sampling), stop_ids=stop, on_token=watch)
     watch.close()
-    end = "" if template is None else template.end
+    end = template.end if isinstance(template, PromptTemplate) else ""
     return [
         {
             "text": opened.tokenizer.decode(ids).removesuffix(end),
@@ -256,11 +257,14 @@ def prompt_fields(record: Record) -> dict[str, str]:
     return {name: record[field] for name, field in fields.items()}
 
 
-def _row(record: Record, template: PromptTemplate | None, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {**prompt_fields(record), "input": template.prompt(record) if template else "", "answers": list(answers)}
+def _row(
+    record: Record, template: Template | None, tokenizer: Tokenizer, answers: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    read = tokenizer.decode(render_prompt(record, template, tokenizer)) if template is not None else ""
+    return {**prompt_fields(record), "input": read, "answers": list(answers)}
 
 
-def _input_note(template: PromptTemplate | None, origin: str, columns: int) -> str:
+def _input_note(template: Template | None, origin: str, columns: int) -> str:
     text = "the raw prompt" if template is None else f"prompt template {template.name}"
     return f"Input{' of every checkpoint' if columns > 1 else ''}: {text}{f' ({origin})' if origin else ''}"
 

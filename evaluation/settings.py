@@ -10,13 +10,17 @@ class SampleSettings:
     """sample.py: let one checkpoint answer, or several side by side."""
 
     checkpoints: tuple[str, ...] = ()
-    """Checkpoints (.pt), one or several; the first is what the others are compared with."""
+    """Models, one or several: checkpoints (.pt), Hugging Face folders, GGUF files, Hub names."""
     prompt: tuple[str, ...] = ()
     """Prompts, each in quotes."""
     prompts: str | None = None
     """File of prompts, - for standard input: one a line, or JSON lines with prompt, context, reference (or Dolly's)."""
+    chat: bool = False
+    """Talk with the one checkpoint in the terminal, in its prompt template, answers as they are written."""
+    system: str = ""
+    """The system message of a chat."""
     prompt_template: str = "auto"
-    """A template's name, such as dolly; none = raw text; auto = the first found in the checkpoints, for all of them."""
+    """A template's name, such as dolly or chatml; none = raw text; auto = the first checkpoint's that has one."""
     max_new_tokens: int = 128
     """Longest answer in tokens."""
     temperature: float = 0.8
@@ -44,7 +48,7 @@ class EvaluateSettings:
     """evaluate.py: measure checkpoints on texts or prepared sets."""
 
     checkpoints: tuple[str, ...] = ()
-    """Checkpoints (.pt), one or several."""
+    """Models, one or several: checkpoints (.pt), Hugging Face folders, GGUF files, Hub names."""
     metrics: tuple[str, ...] = ("perplexity",)
     """What to measure: perplexity (with loss and bits per byte)."""
     input: tuple[str, ...] = ()

@@ -1,18 +1,24 @@
-"""The one door that opens any model."""
+"""The one door that opens any model: a checkpoint of ours, a Hugging Face folder, a GGUF file, a name on the Hub."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.templates import PromptTemplate, template_from_spec
+from data.chat import Template, stop_ids
+from data.templates import template_from_spec
 from data.tokenizer import Tokenizer, tokenizer_from_spec
+from formats.adapter import base_candidates, check_base, is_adapter, put_on
 from formats.checkpoint import load_checkpoint
 from model.config import GPTConfig
 from model.gpt import GPT
+
+KINDS = "a checkpoint (.pt), a Hugging Face folder, a GGUF file, or a Hub name (owner/name)"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w./-]+\.gguf)?")
 
 
 @dataclass
@@ -21,38 +27,135 @@ class OpenModel:
 
     model: GPT
     tokenizer: Tokenizer
-    template: PromptTemplate | None
+    template: Template | None
+    stop_ids: tuple[int, ...]  # an answer ends before any of these
     path: Path
     step: int | None
     val_loss: float | None
 
 
-def open_model(ref: str | Path, device: str | torch.device = "cpu") -> OpenModel:
-    """Open a checkpoint (full or weights-only) in evaluation mode on `device`.
+def open_model(
+    ref: str | Path, device: str | torch.device = "cpu", *, base_model: str | Path | None = None
+) -> OpenModel:
+    """Open any model in evaluation mode on `device`; `base_model` is where to look for an adapter's base.
 
     Raises FileNotFoundError or ValueError naming the file and what is wrong with it.
     """
     path = Path(ref)
-    payload = load_checkpoint(path)
-    model = build_model(payload, path)
-    spec = payload.get("tokenizer")
-    if not isinstance(spec, dict):
-        raise ValueError(f"{path}: holds no tokenizer, so its tokens cannot be read")
+    payload = load_payload(ref)
+    model = build_model(payload, path, base_model=base_model)
+    tokenizer = payload_tokenizer(payload, path)
+    template = template_from_spec(payload.get("template"))
     return OpenModel(
         model=model.to(device).eval(),
-        tokenizer=tokenizer_from_spec(spec),
-        template=template_from_spec(payload.get("template")),
+        tokenizer=tokenizer,
+        template=template,
+        stop_ids=stop_ids(template, tokenizer),
         path=path,
         step=payload.get("step"),
         val_loss=payload.get("val_loss"),
     )
 
 
-def build_model(payload: dict[str, Any], path: str | Path, **overrides: Any) -> GPT:
-    """The network of a loaded checkpoint on the CPU; `overrides` change its config (dropout, say).
+def load_payload(ref: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds, from whatever `ref` names; from elsewhere than a .pt, `in_memory` is True.
 
+    Such tensors are owned by the payload, and `build_model` takes them over; a checkpoint's are mapped from its file.
+    Raises FileNotFoundError or ValueError naming the file and what is wrong with it.
+    """
+    path = _local(ref)
+    if path.is_dir():
+        from formats.hf_read import read_huggingface
+
+        return _foreign(read_huggingface(path), path)
+    if is_gguf(path):
+        from formats.gguf_read import read_gguf
+
+        return _foreign(read_gguf(path), path)
+    return load_checkpoint(path)
+
+
+def _foreign(payload: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A model from elsewhere, with its vocabulary as large as its tokenizer's.
+
+    Published ones round it up (Qwen2.5: 151,936 ids, of which 151,665 have a text). The rows stay, but ids that no text
+    can have are out of loss and sampling. ValueError for a tokenizer with more ids than the network has.
+    """
+    known, asked = payload["config"]["vocab_size"], payload_tokenizer(payload, path).vocab_size
+    if asked > known:
+        raise ValueError(f"{path}: its tokenizer has ids up to {asked - 1}, its network only up to {known - 1}")
+    return {**payload, "config": {**payload["config"], "vocab_size": asked}, "in_memory": True}
+
+
+def load_any_tokenizer(ref: str | Path) -> Tokenizer:
+    """The tokenizer of whatever model `ref` names, without reading its weights. Errors as `load_payload`."""
+    path = _local(ref)
+    if path.is_dir():
+        from formats.hf_read import read_hf_tokenizer
+
+        return read_hf_tokenizer(path)[0]
+    if is_gguf(path):
+        from formats.gguf_read import read_gguf_tokenizer
+
+        return read_gguf_tokenizer(path)[0]
+    return payload_tokenizer(load_checkpoint(path), path)
+
+
+def check_exists(ref: str | Path) -> None:
+    """Raises FileNotFoundError, at once, where `ref` is neither on this disk nor the form of a Hub name."""
+    if not Path(ref).exists() and not is_hub_name(str(ref)):
+        raise FileNotFoundError(f"{ref}: no such checkpoint; expected {KINDS}")
+
+
+def is_hub_name(ref: str) -> bool:
+    """Whether `ref`, which is no path here, has the form owner/name and cannot be meant as a file of this disk."""
+    if not _HUB_NAME.fullmatch(ref) or Path(ref).suffix in (".pt", ".json", ".safetensors"):
+        return False
+    return not Path(ref).parts[0].startswith(".") and not Path(ref).parent.is_dir()
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether the file begins as a GGUF does, or is named as one."""
+    if path.suffix == ".gguf":
+        return True
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def _local(ref: str | Path) -> Path:
+    """The file or folder of `ref`, fetched from the Hub where it is a name there."""
+    check_exists(ref)
+    path = Path(ref)
+    if not path.exists():
+        from formats.hub import fetch_from_hub
+
+        path = fetch_from_hub(str(ref))
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"{path}: is a folder without config.json; expected {KINDS}")
+    return path
+
+
+def payload_tokenizer(payload: dict[str, Any], path: str | Path) -> Tokenizer:
+    """The tokenizer that a payload holds. Raises ValueError where there is none."""
+    spec = payload.get("tokenizer")
+    if not isinstance(spec, dict):
+        raise ValueError(f"{path}: holds no tokenizer, so its tokens cannot be read")
+    return tokenizer_from_spec(spec)
+
+
+def build_model(
+    payload: dict[str, Any], path: str | Path, *, base_model: str | Path | None = None, **overrides: Any
+) -> GPT:
+    """The network of a loaded model on the CPU in fp32; `overrides` change its config (dropout, say).
+
+    An adapter is put on its base, which is looked for where the adapter says, or at `base_model`.
     Raises ValueError, with both sides, where names or shapes of the weights do not fit the config.
     """
+    if is_adapter(payload):
+        base = load_base(payload, Path(path), base_model)
+        return put_on(build_model(base, path, **overrides), payload, Path(path))
     if not isinstance(payload["config"], dict):
         raise ValueError(f"{path}: its config is a {type(payload['config']).__name__}, expected a dict")
     try:
@@ -67,6 +170,21 @@ def build_model(payload: dict[str, Any], path: str | Path, **overrides: Any) -> 
     weights = {name: tensor.to(torch.float32, copy=copy) for name, tensor in payload["model"].items()}
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(True)
+
+
+def load_base(payload: dict[str, Any], path: Path, base_model: str | Path | None = None) -> dict[str, Any]:
+    """What the base of an adapter at `path` holds, checked to be the one that it was trained on.
+
+    Raises FileNotFoundError or ValueError naming the remedy.
+    """
+    names = base_candidates(payload, path) if base_model is None else [str(base_model)]
+    name = next((name for name in names if Path(name).exists() or is_hub_name(name)), None)
+    if name is None:
+        where = " nor ".join(dict.fromkeys(names))
+        raise FileNotFoundError(f"{path}: its base is not at {where}: name it with --base_model")
+    base = load_payload(name)
+    check_base(payload, path, base, name)
+    return base
 
 
 def check_weights(model: GPT, weights: dict[str, torch.Tensor], path: str | Path) -> None:

@@ -342,6 +342,7 @@ def _entries(path: Path, *version: int) -> dict[str, Any]:
     payload = load_checkpoint(path, require_digest=True)
     for name in PER_LIFE:
         payload["settings"].pop(name)
+    payload.get("base", {}).pop("path", None)  # from the folder of the run to an adapter's base
     for name in CLOCKS:
         payload.get("progress", {}).get("last_record", {}).pop(name, None)
     return dict(_flatten(payload, ""))

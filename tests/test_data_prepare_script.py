@@ -92,17 +92,17 @@ def test_the_script_prepares_and_inspects(tmp_path: Path) -> None:
 
 def test_the_script_takes_a_checkpoints_tokenizer(tmp_path: Path) -> None:
     from formats.checkpoint import save_checkpoint
-    from prepare_data import _checkpoint_tokenizer
+    from prepare_data import _model_tokenizer
 
     tokenizer = train_bpe(["the quick brown fox"], 270)
     save_checkpoint(tmp_path / "model.pt", {"model": {}, "config": {}, "tokenizer": tokenizer.spec()})
-    found = _checkpoint_tokenizer(str(tmp_path / "model.pt"))
+    found = _model_tokenizer(str(tmp_path / "model.pt"))
     assert found is not None
     assert found.fingerprint == tokenizer.fingerprint
-    assert _checkpoint_tokenizer("gpt2") is None
+    assert _model_tokenizer("gpt2") is None
     save_checkpoint(tmp_path / "bare.pt", {"model": {}, "config": {}})
     with pytest.raises(ValueError, match="holds no tokenizer"):
-        _checkpoint_tokenizer(str(tmp_path / "bare.pt"))
+        _model_tokenizer(str(tmp_path / "bare.pt"))
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "pretrain-llama-checkpointed": ("pretrain", {"preset": "test-llama", "gradient_checkpointing": True}),
     "finetune": ("finetune", {}),
     "finetune-muon": ("finetune", {"optimizer": "muon"}),
+    "finetune-lora": ("finetune", {"finetune_method": "lora", "lora_r": 4, "lora_plus_ratio": 4.0}),
+    "finetune-qlora": ("finetune", {"finetune_method": "qlora", "lora_target_modules": ("all-linear",)}),
+    "finetune-progressive": ("finetune", {"finetune_method": "progressive", "unfreeze_stages": 3}),
+    "finetune-adapter": ("finetune", {"finetune_method": "adapter", "adapter_dim": 8}),
+    "finetune-p-tuning": (
+        "finetune",
+        {"finetune_method": "p_tuning", "prefix_length": 8, "block_size": 120, "total_batch_size": 480},
+    ),
     "finetune-unpacked": ("finetune", {"packing": False, "total_batch_size": 1024}),
 }
 STEPS = 8

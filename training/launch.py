@@ -8,19 +8,19 @@ from typing import Any, Literal
 
 import torch
 
+from data.chat import Template
 from data.loader import Loader
 from data.manifest import resolve_data_dir
 from data.shards import TokenSet, open_dataset
-from data.templates import PromptTemplate, template_from_spec
+from data.templates import template_from_spec
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_spec
 from formats.checkpoint import write_durably
-from formats.open_model import build_model
-from model.config import GPTConfig, preset
 from model.gpt import GPT
 from training import rng
 from training.distributed import Dist, close_distributed, setup_distributed
 from training.loop import Trainer
 from training.metrics import Console, Wandb
+from training.network import Network, build_network
 from training.optimizer import build_optimizers, load_optimizer_state
 from training.progress import Progress
 from training.recorder import Recorder
@@ -33,6 +33,7 @@ from training.start import Start, choose_start, note_versions, with_checkpoint_s
 from training.step_plan import StepPlan, check_settings, plan_steps, resolved
 from training.stop import StopRequest
 from training.summary import introduce, outcome
+from training.unfreeze import Unfreezing
 
 
 def pretrain(settings: TrainSettings) -> dict[str, Any]:
@@ -89,17 +90,19 @@ class _Run:
             note_versions(start.payload.get("versions", {}), versions(), self.say)
         check_settings(self.settings)
         train_set, val_set = self._open_data(start)
-        model = self._network(start, train_set)
+        network = build_network(self.settings, start, train_set, self.folder.path, self.say)
+        model = network.model
         plan, loader = self._plan(train_set, model)
         progress = self._progress(start, loader)
+        unfreezing = self._unfreezing(model, plan)
         self._claim_folder(start, progress, plan)
         runtime = self._runtime()
         model.to(here := self.here.device)
-        optimizers = self._optimizers(model, start)
+        optimizers = self._optimizers(network, start, unfreezing, progress)
         scaler = torch.amp.GradScaler(here.type, enabled=runtime.dtype is torch.float16)
         if start.resumes and start.payload and start.payload["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(start.payload["scaler"])
-        about = self._about(model)
+        about = self._about(network)
         saver = Saver(
             self.folder,
             self.here,
@@ -117,7 +120,7 @@ class _Run:
         recorder.resume_after(progress)
         trainer = Trainer(
             self.settings, plan, self.here, runtime, model, optimizers, scaler, loader, val_set,
-            progress, saver, recorder, self.console, self.stop,
+            progress, saver, recorder, self.console, self.stop, unfreezing,
         )  # fmt: skip
         try:
             if progress.step >= plan.max_steps - 1 and progress.finished_step:
@@ -151,7 +154,7 @@ class _Run:
                 f"--tokenizer {start.path}"
             )
         template = train_set.meta.get("template") or (start.payload or {}).get("template")
-        self.template: PromptTemplate | None = template_from_spec(template)
+        self.template: Template | None = template_from_spec(template)
         return train_set, val_set
 
     def _data_folder(self, tokenizer_spec: dict[str, Any] | None) -> Path:
@@ -169,51 +172,15 @@ class _Run:
             self.here.barrier()
         return folder
 
-    def _network(self, start: Start, train_set: TokenSet) -> GPT:
-        """The network with the run's weights, on the CPU."""
-        settings = self.settings
-        if start.payload is None:
-            torch.manual_seed(settings.seed)
-            model = GPT(self._preset_config(train_set))
-        else:
-            assert start.path is not None
-            model = build_model(start.payload, start.path, dropout=settings.dropout)
-            if model.config.vocab_size != train_set.vocab_size:
-                raise ValueError(
-                    f"{start.path} has a vocabulary of {model.config.vocab_size}, the data set {settings.data_dir} "
-                    f"one of {train_set.vocab_size}: prepare the data again with --tokenizer {start.path}"
-                )
-            if start.resumes and not isinstance(settings, FinetuneSettings):
-                self._check_same_shape(model, train_set, start)
-        model.gradient_checkpointing = settings.gradient_checkpointing
-        return model
-
-    def _preset_config(self, train_set: TokenSet) -> GPTConfig:
-        settings = self.settings
-        return preset(
-            settings.preset,
-            vocab_size=train_set.vocab_size,
-            block_size=settings.block_size,
-            dropout=settings.dropout,
-        )
-
-    def _check_same_shape(self, model: GPT, train_set: TokenSet, start: Start) -> None:
-        """A resumed pretraining keeps its network: another --preset or --block_size is an error with both sides."""
-        saved, asked = model.config.to_dict(), self._preset_config(train_set).to_dict()
-        differing = [f"{key} {saved[key]} -> {asked[key]}" for key in saved if saved[key] != asked[key]]
-        if differing:
-            raise ValueError(
-                f"{start.path} holds another network than --preset {self.settings.preset} asks for: "
-                f"{', '.join(differing)}: resume with the settings it was trained with, or use another --log_dir"
-            )
-
     def _plan(self, train_set: TokenSet, model: GPT) -> tuple[StepPlan, Loader]:
         """The data loader of this process, and the steps that follow from its windows."""
-        settings, limit = self.settings, model.config.block_size
+        settings, limit = self.settings, model.context_length
         block_size = settings.block_size
         if block_size > limit:
             if is_explicit(settings, "block_size"):
-                raise ValueError(f"--block_size {block_size}: the model's context is {limit} tokens")
+                taken = model.config.block_size - limit
+                beside = f", beside {taken} virtual tokens" if taken else ""
+                raise ValueError(f"--block_size {block_size}: the model's context is {limit} tokens{beside}")
             self.say(f"block_size {limit}: the model's context")
             block_size = limit
         loader = Loader(
@@ -251,8 +218,16 @@ class _Run:
         settings = self.settings
         return choose_runtime(self.here.device, settings.dtype, settings.compile, settings.matmul_precision)
 
-    def _optimizers(self, model: GPT, start: Start) -> dict[str, torch.optim.Optimizer]:
+    def _unfreezing(self, model: GPT, plan: StepPlan) -> Unfreezing | None:
         settings = self.settings
+        if not isinstance(settings, FinetuneSettings) or settings.finetune_method != "progressive":
+            return None
+        return Unfreezing(model, settings.unfreeze_stages, plan.max_steps)
+
+    def _optimizers(
+        self, network: Network, start: Start, unfreezing: Unfreezing | None, progress: Progress
+    ) -> dict[str, torch.optim.Optimizer]:
+        settings, model = self.settings, network.model
         optimizers = build_optimizers(
             model,
             settings.optimizer,
@@ -260,14 +235,17 @@ class _Run:
             eps=settings.eps,
             weight_decay=settings.weight_decay,
             fused=self.here.device.type in ("cpu", "cuda"),
+            lr_scales=network.lr_scales,
         )
+        if unfreezing is not None and progress.step >= 0:
+            unfreezing.begin(progress.step)  # what has not trained yet has no state to load
         if start.resumes and start.payload is not None:
             load_optimizer_state(model, optimizers, start.payload["optimizer"])
         return optimizers
 
-    def _about(self, model: GPT) -> dict[str, Any]:
+    def _about(self, network: Network) -> dict[str, Any]:
         return {
-            "config": model.config.to_dict(),
+            **network.about,
             "tokenizer": self.tokenizer.spec(),
             "template": self.template.spec() if self.template is not None else None,
             "settings": to_dict(self.settings),

@@ -27,6 +27,7 @@ from training.runtime import Runtime, peak_memory_mb, synchronize
 from training.saver import Saver
 from training.step_plan import StepPlan
 from training.stop import StopRequest
+from training.unfreeze import Unfreezing
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -71,18 +72,31 @@ class Trainer:
         recorder: Recorder,
         console: Console,
         stop: StopRequest,
+        unfreezing: Unfreezing | None = None,
     ) -> None:
         self.settings, self.plan, self.here, self.runtime = settings, plan, here, runtime
         self.model, self.optimizers, self.scaler = model, optimizers, scaler
         self.loader, self.val_set = loader, val_set
         self.progress, self.saver, self.recorder = progress, saver, recorder
-        self.console, self.stop = console, stop
+        self.console, self.stop, self.unfreezing = console, stop, unfreezing
         if runtime.compile:
             model.compile()  # in place: parameter names stay as they are
-        self.network: nn.Module = model
-        if here.world_size > 1:
-            ids = [here.device.index] if here.device.type == "cuda" else None
-            self.network = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        self.network = self._wrapped()
+
+    def _wrapped(self) -> nn.Module:
+        """The model, or DDP around it, which then expects gradients of all that trains now."""
+        here = self.here
+        if here.world_size == 1:
+            return self.model
+        ids = [here.device.index] if here.device.type == "cuda" else None
+        return DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
+
+    def _unfreeze(self, step: int) -> None:
+        """Progressive unfreezing: what the step trains."""
+        change = self.unfreezing.begin(step) if self.unfreezing is not None else None
+        if change is not None:
+            self.console.say(change)
+            self.network = self._wrapped()
 
     def run(self) -> bool:
         """Train to the last step; True when it got there, False when a signal stopped it (all is saved then)."""
@@ -93,6 +107,7 @@ class Trainer:
             return False
         self.console.start_bar(plan.max_steps, progress.step + 1)
         for step in range(progress.step + 1, plan.max_steps):
+            self._unfreeze(step)
             done = self._step(step)
             if done is None:
                 return self._stopped()

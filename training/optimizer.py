@@ -6,6 +6,7 @@ Muon and AdamW must not shift it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,10 +18,18 @@ State = dict[str, dict[str, dict[str, Any]]]
 
 
 def build_optimizers(
-    model: nn.Module, kind: str, *, betas: tuple[float, float], eps: float, weight_decay: float, fused: bool
+    model: nn.Module,
+    kind: str,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    fused: bool,
+    lr_scales: Mapping[str, float] | None = None,
 ) -> dict[str, torch.optim.Optimizer]:
     """AdamW on everything, or Muon on the blocks' matrices and AdamW on the rest; learning rates are set each step.
 
+    lr_scales: by parameter, what its rate is multiplied by; 1 for one that is not named.
     Weight decay acts on matrices only: biases and norm gains have too few numbers to over-fit and losing scale hurts.
     Muon (Jordan 2024) orthogonalises each update; `match_rms_adamw` (Liu et al. 2025, arXiv:2502.16982) scales it so
     that AdamW's learning rates and decay carry over.
@@ -30,28 +39,35 @@ def build_optimizers(
         raise ValueError("no parameter is trainable: unfreeze some")
     hidden = {n: p for n, p in named.items() if kind == "muon" and n.startswith("h.") and p.ndim == 2}
     rest = {n: p for n, p in named.items() if n not in hidden}
+    scales = dict(lr_scales or {})
     optimizers: dict[str, torch.optim.Optimizer] = {}
     if rest:
-        groups = [
-            {"params": [p for p in rest.values() if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in rest.values() if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
+        matrices = {name: p for name, p in rest.items() if p.ndim >= 2}
+        vectors = {name: p for name, p in rest.items() if p.ndim < 2}
+        groups = [*_groups(matrices, scales, weight_decay), *_groups(vectors, scales, 0.0)]
         # One fused kernel per step in place of a dozen per tensor: 3-4x on a CPU.
         optimizers["adamw"] = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=fused)
     if hidden:
         on_cpu = all(parameter.device.type == "cpu" for parameter in hidden.values())
         optimizers["muon"] = (Float32Muon if on_cpu else torch.optim.Muon)(
-            list(hidden.values()), lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+            _groups(hidden, scales, weight_decay), lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
         )
     return optimizers
 
 
+def _groups(named: Mapping[str, nn.Parameter], scales: dict[str, float], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups, one for each multiple of the learning rate."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        groups.setdefault(scales.get(name, 1.0), []).append(parameter)
+    return [{"params": params, "weight_decay": weight_decay, "lr_scale": scale} for scale, params in groups.items()]
+
+
 def set_learning_rate(optimizers: dict[str, torch.optim.Optimizer], lr: float) -> None:
-    """The same learning rate for every group."""
+    """The learning rate of every group: `lr` times the group's own multiple."""
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
 
 
 def optimizer_state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> State:
@@ -80,6 +96,8 @@ def load_optimizer_state(model: nn.Module, optimizers: dict[str, torch.optim.Opt
             if parameter not in own:
                 continue
             if name not in saved[kind]:
+                if not parameter.requires_grad:  # it has not trained yet: progressive unfreezing comes to it later
+                    continue
                 raise ValueError(f"the checkpoint's {kind} state lacks the parameter {name}")
             for key, value in saved[kind][name].items():
                 if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from data.templates import PromptTemplate, render_prompt
+from data.chat import Template, stop_ids
+from data.templates import render_prompt
 from data.tokenizer import Tokenizer
 from model.generate import generate
 from model.gpt import GPT
@@ -31,7 +32,7 @@ class Recorder:
         folder: RunFolder,
         console: Console,
         tokenizer: Tokenizer,
-        template: PromptTemplate | None,
+        template: Template | None,
         wandb: Wandb | None,
     ) -> None:
         self.settings, self.plan, self.console = settings, plan, console
@@ -116,7 +117,7 @@ class Recorder:
                 temperature=0.8,
                 top_k=50,
                 seed=self.settings.seed,
-                stop_ids=(self.tokenizer.eot_id,),
+                stop_ids=stop_ids(self.template, self.tokenizer),
                 on_token=check,
             )
         except _Interrupted:

@@ -119,16 +119,54 @@ class TrainSettings(RunSettings):
 
 @dataclass
 class FinetuneSettings(RunSettings):
-    """finetune_dolly.py: full fine-tuning on instruction data."""
+    """finetune_dolly.py: tuning on instruction data, of all parameters or of few."""
 
     pretrained_checkpoint: str = "logs/model_19072.pt"
-    """Model to start from: a full checkpoint or a weights-only file."""
+    """Model to start from: a checkpoint (.pt), a Hugging Face folder, a GGUF file, or a Hub name (owner/name)."""
     data_dir: str = "dolly15k"
     """Folder of instruction shards made by prepare_data.py (a bare name: data/NAME), or a .jsonl/.json of records."""
     log_dir: str = "logs_finetune"
     """Folder of the run: model_NNNNN.pt, metrics.jsonl, config.yaml, training.log, curves.png."""
-    finetune_method: Literal["full"] = "full"
-    """Which parameters are trained: full = all of them."""
+    finetune_method: Literal["full", "progressive", "freeze", "lora", "qlora", "adapter", "prefix", "p_tuning"] = "full"
+    """What is trained: all parameters, at once or from the top down, the last layers, or a small addition."""
+    adapter: str | None = None
+    """A trained adapter to go on with, on the base that --pretrained_checkpoint names."""
+    lora_r: int = 8
+    """LoRA: rank."""
+    lora_alpha: float = 16.0
+    """LoRA: the update is scaled by lora_alpha / lora_r."""
+    lora_dropout: float = 0.05
+    """LoRA: dropout on the input of A."""
+    lora_target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    """LoRA: layers, such as q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj, c_attn, or all-linear."""
+    use_rslora: bool = False
+    """LoRA: scale by lora_alpha / sqrt(lora_r), which keeps large ranks learning."""
+    use_dora: bool = False
+    """LoRA: learn the length of each output row apart from its direction (DoRA)."""
+    lora_init: Literal["default", "pissa"] = "default"
+    """LoRA: start at nothing, or at the largest singular parts of the weight (PiSSA)."""
+    lora_plus_ratio: float = 1.0
+    """LoRA: learning rate of B over that of A (LoRA+ advises 16)."""
+    quantization: Literal["nf4", "int8"] = "nf4"
+    """QLoRA: how the base is kept."""
+    adapter_dim: int = 64
+    """Adapter: width of the bottleneck."""
+    adapter_dropout: float = 0.1
+    """Adapter: dropout on the bottleneck."""
+    adapter_placement: Literal["block", "houlsby"] = "block"
+    """Adapter: after each block, or after attention and after the MLP within it."""
+    prefix_length: int = 20
+    """Prefix and P-tuning: how many keys and values, or virtual tokens, stand before the text."""
+    prefix_hidden: int = 512
+    """Prefix and P-tuning: width of the network that makes them; 0 = the prefix itself is trained."""
+    p_tuning_encoder: Literal["mlp", "lstm", "none"] = "mlp"
+    """P-tuning: the network that makes the virtual tokens."""
+    train_layers: int = 2
+    """Freeze: how many of the last layers train."""
+    unfreeze_stages: int = 4
+    """Progressive: equal shares of the run; in the n-th, the last n / unfreeze_stages of the layers train."""
+    layer_lr_decay: float = 0.9
+    """Progressive: learning rate of a layer over that of the layer above it."""
     prompt_template: str = "dolly"
     """Prompt format where data_dir is a JSONL of records: dolly, alpaca, zh_instruction, human_assistant or zh_code."""
     max_lr: float = 6e-5
@@ -154,6 +192,16 @@ class FinetuneSettings(RunSettings):
     checkpoint_interval: Interval = 2
     """Steps between full checkpoints, or `epoch`; the last step is always saved. 0 = only the last."""
 
+
+# What a method changes in finetune_dolly.py's defaults; anything set explicitly wins. Few parameters, which start at or
+# near nothing, want a larger rate than a whole pretrained network.
+METHOD_DEFAULTS: dict[str, dict[str, float]] = {
+    "lora": {"max_lr": 2e-4},
+    "qlora": {"max_lr": 2e-4},
+    "adapter": {"max_lr": 1e-3},
+    "prefix": {"max_lr": 1e-3},
+    "p_tuning": {"max_lr": 1e-3},
+}
 
 # What a preset changes in train_gpt2.py's defaults; anything set explicitly wins. `tiny` is for two CPU cores.
 PRESET_DEFAULTS: dict[str, dict[str, int | float]] = {

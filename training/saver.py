@@ -12,6 +12,7 @@ import torch
 
 from formats.checkpoint import save_checkpoint
 from model.gpt import GPT
+from model.tuning import adapter_state
 from training import rng
 from training.distributed import Dist
 from training.metrics import Console
@@ -108,7 +109,8 @@ class Saver:
         return all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
 
     def _weights(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "versions": versions(), **self.about}
+        # An adapter's file holds the adapter alone; its base is named in `about`.
+        return {"model": adapter_state(self.model) or self.model.state_dict(), "versions": versions(), **self.about}
 
     def _payload(self, rng_states: list[dict[str, Any]]) -> dict[str, Any]:
         """A full checkpoint: everything that the next step depends on."""

@@ -180,6 +180,15 @@ def _take(argv: list[str], flag: str) -> str | None:
     return value
 
 
+def _name_positionals(words: Sequence[str], names: Sequence[str]) -> list[str]:
+    """`words` with a flag before each leading word: `DIR --records 2` -> `--data_dir DIR --records 2`."""
+    loose = list(takewhile(lambda word: not word.startswith("-"), words))
+    if len(loose) > len(names):
+        raise ValueError(f"unexpected {loose[len(names)]!r}: expected {' '.join(names).upper()} and flags (--help)")
+    flagged = [part for name, word in zip(names, loose) for part in (f"--{name}", word)]
+    return [*flagged, *words[len(loose) :]]
+
+
 def parse(cls: type[S], argv: Sequence[str] | None = None, *, description: str = "") -> S:
     """Settings from `argv`: defaults, then `--config FILE`, then flags.
 
@@ -265,10 +274,20 @@ def to_yaml(settings: Any) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
-def run_script(main: Callable[[S], Any], cls: type[S], description: str, argv: Sequence[str] | None = None) -> None:
-    """Parse, run, and turn a user's mistake into one line and exit code 2 (ESPALIER_DEBUG=1 shows the traceback)."""
+def run_script(
+    main: Callable[[S], Any],
+    cls: type[S],
+    description: str,
+    argv: Sequence[str] | None = None,
+    positionals: Sequence[str] = (),
+) -> None:
+    """Parse, run, and turn a user's mistake into one line and exit code 2 (ESPALIER_DEBUG=1 shows the traceback).
+
+    `positionals`: the settings that leading words without a flag set, in this order.
+    """
     try:
-        main(parse(cls, argv, description=description))
+        words = _name_positionals(sys.argv[1:] if argv is None else argv, positionals)
+        main(parse(cls, words, description=description))
     except (ValueError, OSError) as error:
         if os.environ.get("ESPALIER_DEBUG"):
             raise

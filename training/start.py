@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from formats.checkpoint import has_digest, is_full, load_checkpoint
+from formats.open_model import load_payload
 from training.run_folder import RunFolder, Say
-from training.run_settings import PRESET_DEFAULTS, FinetuneSettings, RunSettings
+from training.run_settings import METHOD_DEFAULTS, PRESET_DEFAULTS, FinetuneSettings, RunSettings
 from training.settings import is_explicit, to_dict
 
 R = TypeVar("R", bound=RunSettings)
@@ -75,28 +77,31 @@ def _own_checkpoint(settings: RunSettings, folder: RunFolder, say: Say) -> Start
 def _pretrained(settings: FinetuneSettings, say: Say) -> Start:
     path = Path(settings.pretrained_checkpoint)
     try:
-        payload = load_checkpoint(path)
+        payload = load_payload(settings.pretrained_checkpoint)
     except (ValueError, OSError) as error:
         if is_explicit(settings, "pretrained_checkpoint"):
             raise
         say(f"Default --pretrained_checkpoint not used: {error}")
         say("!" * 100)
         say("WARNING: no pretrained model: starting from RANDOM weights. This is training from scratch on little data.")
-        say("         Pretrain first (train_gpt2.py), or name a model with --pretrained_checkpoint FILE.")
+        say("         Pretrain first (train_gpt2.py), or name a model with --pretrained_checkpoint.")
         say("!" * 100)
         return Start()
-    if not has_digest(path):
+    for note in payload.get("notes", ()):
+        say(f"{path}: {note}")
+    if path.suffix == ".pt" and not has_digest(path):
         say(f"{path}: carries no digest, so damage to it cannot be noticed")
     return Start(path, payload)
 
 
 def with_preset_defaults(settings: R) -> R:
-    """The settings with what their preset changes in the defaults; what is explicit stays, and stays known as such."""
+    """The settings with what preset or method change in the defaults; what is explicit stays, and is known as such."""
     explicit = frozenset(name for name in to_dict(settings) if is_explicit(settings, name))
-    changes: dict[str, Any] = {}
-    if not isinstance(settings, FinetuneSettings):
+    if isinstance(settings, FinetuneSettings):
+        defaults: Mapping[str, float] = METHOD_DEFAULTS.get(settings.finetune_method, {})
+    else:
         defaults = PRESET_DEFAULTS.get(settings.preset, {})
-        changes = {name: value for name, value in defaults.items() if name not in explicit}
+    changes = {name: value for name, value in defaults.items() if name not in explicit}
     return _replace(settings, changes, explicit)
 
 

@@ -6,6 +6,8 @@ import math
 
 from data.loader import Loader
 from model.gpt import GPT
+from model.quantize import quantized_bytes
+from model.tuning import trainable_line
 from training.progress import Progress
 from training.run_folder import Say
 from training.run_settings import FinetuneSettings, RunSettings
@@ -18,11 +20,9 @@ def introduce(
 ) -> None:
     """The summary at the start: what runs, on what, how long."""
     tuning = isinstance(settings, FinetuneSettings)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = model.num_params()
     say(f"{'Fine-tuning' if tuning else 'Pretraining'} configuration:")
     rows = {
-        "Mode": "full fine-tuning" if tuning else f"from scratch, preset {settings.preset}",
+        "Mode": _mode(settings),
         "Data": loader.describe(),
         "Learning rate": f"{settings.max_lr:g}",
         "Epochs": f"{plan.epochs:.3g}",
@@ -43,13 +43,22 @@ def introduce(
         say(f"  {name}: {value}")
     for reason in runtime.reasons:
         say(f"    {reason}")
-    say(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+    say(trainable_line(model))
+    held, dense = quantized_bytes(model)
+    if held:
+        say(f"Quantised base: {held / 1e6:,.1f} MB in place of {dense / 1e6:,.1f} MB in float32")
     for note in _notes(settings, plan, loader, has_val):
         say(note)
     say("***** Running training *****")
     say(f"  Num examples = {plan.windows_per_epoch}")
     say(f"  Num Epochs = {plan.epochs:.3g}")
     say(f"  Total optimization steps = {plan.max_steps}")
+
+
+def _mode(settings: RunSettings) -> str:
+    if not isinstance(settings, FinetuneSettings):
+        return f"from scratch, preset {settings.preset}"
+    return "full fine-tuning" if settings.finetune_method == "full" else settings.finetune_method
 
 
 def _notes(settings: RunSettings, plan: StepPlan, loader: Loader, has_val: bool) -> list[str]:

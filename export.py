@@ -1,0 +1,45 @@
+"""Models in and out: Hugging Face folders, GGUF files, and this project's checkpoints.
+
+    python export.py import SRC OUT.pt          SRC: a Hugging Face folder, a GGUF file, or a name on the Hub
+    python export.py hf CKPT OUT_DIR            a folder that transformers loads
+    python export.py gguf CKPT OUT.gguf         a file that llama.cpp loads (--dtype f32, f16 or q8_0)
+
+Each reads back what it wrote and prints the largest difference. Exit code 2 for bad input.
+"""
+
+import sys
+from typing import Any
+
+from formats.settings import GgufSettings, HuggingFaceSettings, ImportSettings
+from training.settings import nearest, run_script
+
+# Command: its settings, the words that may stand without a flag, what it does.
+COMMANDS: dict[str, tuple[type, tuple[str, ...], str]] = {
+    "import": (ImportSettings, ("source", "out"), "import SRC OUT.pt: make a model from elsewhere a checkpoint."),
+    "hf": (HuggingFaceSettings, ("checkpoint", "out"), "hf CKPT OUT_DIR: write a folder that transformers loads."),
+    "gguf": (GgufSettings, ("checkpoint", "out"), "gguf CKPT OUT.gguf: write a file that llama.cpp loads."),
+}
+
+
+def main(settings: Any) -> None:
+    """Do what the settings are of."""
+    from formats import export
+
+    work = {
+        ImportSettings: export.import_model,
+        HuggingFaceSettings: export.export_huggingface,
+        GgufSettings: export.export_gguf,
+    }
+    work[type(settings)](settings, print)
+
+
+if __name__ == "__main__":
+    command, *words = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        print(__doc__.strip())
+        raise SystemExit(0)
+    if command not in COMMANDS:
+        print(f"error: unknown command {command!r}.{nearest(command, COMMANDS)} (--help lists all)", file=sys.stderr)
+        raise SystemExit(2)
+    settings, names, description = COMMANDS[command]
+    run_script(main, settings, description, words, positionals=names)

@@ -1,0 +1,117 @@
+"""Models in and out of the project, each way ending with what was compared: the work of `export.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from formats.checkpoint import load_checkpoint, save_checkpoint
+from formats.open_model import build_model, load_payload
+from formats.settings import GgufSettings, HuggingFaceSettings, ImportSettings
+
+Say = Callable[[str], None]
+_PROBE_LENGTH = 32  # tokens on which the two networks' logits are compared
+
+
+def import_model(settings: ImportSettings, say: Say) -> None:
+    """Write any model that opens as a weights-only checkpoint. Raises ValueError or OSError for what cannot be."""
+    _need(settings.source, "SRC, the model to import")
+    out = _output_file(settings.out, ".pt", settings.overwrite)
+    payload = load_payload(settings.source)
+    _say_notes(payload, say)
+    payload.pop("in_memory", None)
+    size = save_checkpoint(out, payload)
+    difference = _largest_difference(payload["model"], load_checkpoint(out)["model"])
+    say(f"Compared {len(payload['model'])} tensors with {out} read back: largest difference {difference:g}")
+    say(f"{out}: {_describe(payload)}, {size / 1e6:,.1f} MB")
+
+
+def export_huggingface(settings: HuggingFaceSettings, say: Say) -> None:
+    """Write a model as a folder that transformers loads. Raises ValueError or OSError for what cannot be."""
+    from formats.hf_write import write_huggingface
+
+    _need(settings.checkpoint, "CKPT, the model to export")
+    _need(settings.out, "OUT_DIR, the folder to write")
+    if not settings.max_shard_gb > 0:
+        raise ValueError(f"--max_shard_gb {settings.max_shard_gb}: expected a size above 0")
+    payload = load_payload(settings.checkpoint)
+    report = write_huggingface(payload, Path(settings.out), shard_bytes=int(settings.max_shard_gb * 1e9))
+    _finish(payload, report, Path(settings.out), say)
+
+
+def export_gguf(settings: GgufSettings, say: Say) -> None:
+    """Write a model as a file that llama.cpp loads. Raises ValueError or OSError for what cannot be."""
+    from formats.gguf_write import write_gguf
+
+    _need(settings.checkpoint, "CKPT, the model to export")
+    out = _output_file(settings.out, ".gguf", settings.overwrite)
+    payload = load_payload(settings.checkpoint)
+    report = write_gguf(payload, out, settings.dtype)
+    _finish(payload, report, out, say)
+
+
+def _finish(payload: dict[str, Any], report: dict[str, Any], out: Path, say: Say) -> None:
+    """Notes, and the comparison: of the weights by the writer, of the logits here, with the file opened anew."""
+    for note in report["notes"]:
+        say(f"Note: {note}")
+    say(
+        f"Compared {len(payload['model'])} tensors with {out} read back: "
+        f"largest difference {report['largest_difference']:g}"
+    )
+    difference = logits_difference(payload, load_payload(out))
+    say(f"Compared the logits of {_PROBE_LENGTH} tokens: largest difference {difference:g}")
+    say(f"{out}: {_describe(payload)}")
+
+
+@torch.inference_mode()
+def logits_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """The largest difference between the logits of two payloads' networks on a fixed row of random ids."""
+    ids: torch.Tensor | None = None
+    found = []
+    for payload in (one, other):  # one network at a time in memory
+        model = build_model(payload, "the model").eval()
+        if ids is None:
+            length = min(_PROBE_LENGTH, model.config.block_size)
+            ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+        found.append(model(ids)[..., : model.config.vocab_size])
+    if found[0].shape != found[1].shape:
+        raise ValueError(f"the file read back has a vocabulary of {found[1].size(-1)}, the model {found[0].size(-1)}")
+    return float((found[0] - found[1]).abs().max())
+
+
+def _largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max((float((one[name] - other[name]).abs().max()) for name in one if one[name].numel()), default=0.0)
+
+
+def _describe(payload: dict[str, Any]) -> str:
+    config = payload["config"]
+    parameters = sum(tensor.numel() for tensor in payload["model"].values())
+    template = payload.get("template")
+    prompts = f"template {template['name']}" if template else "no prompt template"
+    return f"{parameters:,} parameters, {config['n_layer']} layers, context {config['block_size']:,}, {prompts}"
+
+
+def _say_notes(payload: dict[str, Any], say: Say) -> None:
+    for note in payload.get("notes", ()):
+        say(f"Note: {note}")
+
+
+def _need(value: str, what: str) -> None:
+    if not value:
+        raise ValueError(f"{what}, is missing (--help shows the form)")
+
+
+def _output_file(name: str, suffix: str, overwrite: bool) -> Path:
+    _need(name, f"OUT{suffix}, the file to write")
+    out = Path(name)
+    if out.suffix != suffix:
+        raise ValueError(f"{out}: expected a name that ends in {suffix}")
+    if out.is_dir():
+        raise ValueError(f"{out}: is a folder, expected a file to write")
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out}: is there already: choose another name, or add --overwrite")
+    return out

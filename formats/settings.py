@@ -1,0 +1,44 @@
+"""What `export.py` can be told. No torch here: --help answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class ImportSettings:
+    """export.py import: make a model from elsewhere an ordinary checkpoint."""
+
+    source: str = ""
+    """Hugging Face folder, GGUF file, or Hub name (owner/name, also owner/name@revision)."""
+    out: str = ""
+    """The checkpoint to write (.pt)."""
+    overwrite: bool = False
+    """Replace a file that is there."""
+
+
+@dataclass
+class HuggingFaceSettings:
+    """export.py hf: make a checkpoint a folder that transformers loads."""
+
+    checkpoint: str = ""
+    """The model to export: a checkpoint (.pt), or whatever else opens."""
+    out: str = ""
+    """The folder to write; it must not hold anything yet."""
+    max_shard_gb: float = 4.0
+    """Largest weights file in GB; larger models are split, with an index."""
+
+
+@dataclass
+class GgufSettings:
+    """export.py gguf: make a checkpoint a file that llama.cpp loads."""
+
+    checkpoint: str = ""
+    """The model to export: a checkpoint (.pt), or whatever else opens."""
+    out: str = ""
+    """The file to write (.gguf)."""
+    dtype: Literal["f32", "f16", "q8_0"] = "f16"
+    """How matrices are stored; norms and biases stay f32."""
+    overwrite: bool = False
+    """Replace a file that is there."""
