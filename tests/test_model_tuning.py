@@ -223,7 +223,10 @@ def test_what_can_not_be_merged_says_why(case):
         merge(build(LLAMA))
 
 
-@pytest.mark.parametrize("case", ["lora", "dora-pissa", "qlora-nf4", "houlsby", "prefix", "p_tuning-mlp"])
+SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in ("dora-pissa", "houlsby", "p_tuning-mlp")]
+
+
+@pytest.mark.parametrize("case", ["lora", "qlora-nf4", "prefix", *SLOW])
 def test_compiled_is_eager(case):
     config = dataclasses.replace(LLAMA, n_layer=1, mlp_dim=32)
     model = tuned(case, config).eval()
