@@ -72,8 +72,7 @@ class _Keys:
         value = self.raw(name, default)
         if type(value) not in (int, float) or not 0 < value < 3e38:
             raise self.fail(name, value, "a number above 0")
-        short = float(f"{value:.7g}")
-        return short if struct.pack("<f", short) == struct.pack("<f", value) else float(value)
+        return shortest_float32(value)
 
     def sizes(self, name: str, layers: int, default: Any = _REQUIRED) -> int | tuple[int, ...]:
         """One whole number, or one per layer."""
@@ -82,6 +81,13 @@ class _Keys:
         if len(listed) != layers or not all(type(size) is int and 0 <= size < 1 << 31 for size in listed):
             raise self.fail(name, value, f"a whole number, or one for each of the {layers} layers")
         return listed
+
+
+def shortest_float32(value: float) -> float:
+    """The shortest number that rounds to the same float32 as `value`."""
+    (stored,) = struct.unpack("<f", struct.pack("<f", value))
+    tries = (float(f"{stored:.{digits}g}") for digits in range(1, 10))  # nine digits are always enough
+    return next(short for short in tries if struct.pack("<f", short) == struct.pack("<f", value))
 
 
 def to_gpt_config(header: GgufHeader, rope_factors: Tensor | None) -> tuple[GPTConfig, list[str]]:

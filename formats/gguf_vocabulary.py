@@ -48,7 +48,7 @@ def vocabulary_metadata(
         if len(ends) > 1:
             notes.append(f"GGUF names two ends of an answer at most; {', '.join(map(repr, ends[1:]))} left out")
     elif template is not None:
-        metadata["tokenizer.chat_template"] = as_jinja(template, names[eos])
+        metadata["tokenizer.chat_template"] = as_jinja(template, names[eos], names.get(tokenizer.bos_id, ""))
     return metadata, notes
 
 

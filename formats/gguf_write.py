@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,7 +14,7 @@ from data.templates import template_from_spec
 from data.tokenizer import Tokenizer, tokenizer_from_spec
 from formats.checkpoint import write_durably
 from formats.errors import FormatError
-from formats.gguf_config import architecture_for, llama3_factors, metadata_for
+from formats.gguf_config import architecture_for, llama3_factors, metadata_for, shortest_float32
 from formats.gguf_header import read_gguf_header
 from formats.gguf_names import stored_tensors
 from formats.gguf_read import import_gguf, read_config, read_weights
@@ -41,7 +42,8 @@ def write_gguf(payload: dict[str, Any], path: str | Path, dtype: str = "f32") ->
         raise ValueError("GGUF: the checkpoint holds no tokenizer, without which llama.cpp loads no file")
     tokenizer = tokenizer_from_spec(payload["tokenizer"])
     notes: list[str] = []
-    config = _fit_vocabulary(GPTConfig.from_dict(payload["config"]), tokenizer, notes)
+    config = _as_stored(GPTConfig.from_dict(payload["config"]))
+    config = _fit_vocabulary(config, tokenizer, notes)
     vocabulary, said = vocabulary_metadata(tokenizer, template_from_spec(payload.get("template")))
     export = _Export(config, architecture_for(config), payload["model"], dtype, notes + said)
     largest = 0.0
@@ -54,6 +56,12 @@ def write_gguf(payload: dict[str, Any], path: str | Path, dtype: str = "f32") ->
     return {"largest_difference": largest, "path": str(path), "bytes": path.stat().st_size, "notes": export.notes}
 
 
+def _as_stored(config: GPTConfig) -> GPTConfig:
+    """The config as far as a file can say it: float32 numbers, and nothing of training."""
+    exact = {name: shortest_float32(getattr(config, name)) for name in ("norm_eps", "rope_theta")}
+    return dataclasses.replace(config, dropout=0.0, **exact)
+
+
 def _fit_vocabulary(config: GPTConfig, tokenizer: Tokenizer, notes: list[str]) -> GPTConfig:
     """llama.cpp wants as many rows as there are tokens; rows that no token names are left out."""
     known = tokenizer.vocab_size
@@ -61,7 +69,7 @@ def _fit_vocabulary(config: GPTConfig, tokenizer: Tokenizer, notes: list[str]) -
         raise ValueError(f"GGUF: the tokenizer has {known:,} ids, the model only {config.vocab_size:,}")
     if known < config.vocab_size:
         notes.append(f"vocabulary of {config.vocab_size:,} cut to the {known:,} ids that the tokenizer has")
-    return GPTConfig.from_dict({**config.to_dict(), "vocab_size": known, "padded_vocab_size": padded_vocab(known)})
+    return dataclasses.replace(config, vocab_size=known, padded_vocab_size=padded_vocab(known))
 
 
 class _Export:

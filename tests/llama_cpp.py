@@ -21,7 +21,7 @@ class Answer(NamedTuple):
 
 
 def greedy(path, prompts, count, timeout=60):
-    """The `count` likeliest tokens, one after the other, computed in float32 on one thread."""
+    """The `count` likeliest tokens, one after the other, up to the first that ends a text; float32, on one thread."""
     pytest.importorskip("xllamacpp")
     command = [sys.executable, __file__, str(path), json.dumps(prompts), str(count)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
@@ -41,10 +41,10 @@ def _main(path, prompts, count):
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     server = xllamacpp.Server(params)
     for prompt in prompts:
-        request = {"prompt": prompt, "n_predict": count, "temperature": 0.0, "ignore_eos": True, "n_probs": 1}
+        request = {"prompt": prompt, "n_predict": count, "temperature": 0.0, "n_probs": 1}
         reply = server.handle_completions({**request, "cache_prompt": False})
         choice = reply["choices"][0]
-        tokens = choice["logprobs"]["content"]
+        tokens = (choice["logprobs"] or {"content": []})["content"]  # none where a character is not whole yet
         answer = {
             "prompt_tokens": reply["usage"]["prompt_tokens"],
             "ids": [token["id"] for token in tokens],
