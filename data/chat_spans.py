@@ -2,7 +2,8 @@
 
 Every answer is put between two characters that nobody uses, and the template rendered: if taking them out gives what
 it renders anyway, they tell where the answers are. A template that has {% generation %} blocks says it itself, by the
-same two characters. Where neither works, the text before and after an answer is rendered and compared.
+same two characters. Where neither works, the text before and after an answer is rendered and compared, or at least
+the prompt for it.
 """
 
 import re
@@ -114,6 +115,7 @@ def _attempts(
         ("content", lambda: by_marks(str)),
         ("content", lambda: by_marks(str.strip)),
         ("turn", lambda: _by_prefixes(text, messages, prompt)),
+        ("content", lambda: _by_prompts(text, messages, prompt)),
     ]
     return tries
 
@@ -147,6 +149,17 @@ def _by_prefixes(text: Text, messages: list[Message], prompt: bool) -> _Found | 
                 return None
             spans.append((len(before), len(after)))
     return whole, spans
+
+
+def _by_prompts(text: Text, messages: list[Message], prompt: bool) -> _Found | None:
+    """Where the prompts for the answers end, if the whole text begins with each of them: there the answers begin.
+
+    For templates that shorten earlier answers, such as those of reasoning models. Nothing that is said holds a special
+    token, so the first one behind ends the turn.
+    """
+    whole = text(messages, prompt)
+    before = [text(messages[:at], True) for at, message in enumerate(messages) if message["role"] == "assistant"]
+    return (whole, [(len(each), len(each)) for each in before]) if all(map(whole.startswith, before)) else None
 
 
 def _choose_marks(messages: list[Message], names: re.Pattern[str], template_text: str) -> _Marks:

@@ -204,6 +204,19 @@ def test_answers_are_found_in_templates_of_all_kinds(name: str) -> None:
         assert found == ([" " + expected[:-4].strip() + "\n</s>", expected] if name == "blocks" else [expected] * 2)
 
 
+def test_thoughts_that_a_template_drops_later_on() -> None:
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}{% if m.role == 'assistant' and not loop.last %}"
+        "{{ m.content.split('</think>')[-1].lstrip() }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    answer = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nHello <|im_end|>"}
+    ids, mask = render_conversation([USER, answer, USER, answer], ChatTemplate("x", source), byte_level())
+    assert byte_level().decode(ids) == theirs(source, [USER, answer, USER, answer])
+    found = assistants(ids, mask, byte_level())
+    assert found == ["Hello <|im_end|><|im_end|>", "<think>\nhm\n</think>\n\nHello <|im_end|><|im_end|>"]
+
+
 def test_an_answer_that_cannot_be_found_names_the_remedy() -> None:
     source = "{% for m in messages %}{{ m.content|upper if loop.last else m.content|length }};{% endfor %}"
     with pytest.raises(ValueError, match=r"chat template mine: .*put \{% generation %\}") as caught:
