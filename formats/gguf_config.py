@@ -109,7 +109,7 @@ def to_gpt_config(header: GgufHeader, rope_factors: Tensor | None) -> tuple[GPTC
     n_embd = keys.count("embedding_length")
     vocab_size = vocabulary_size(header, notes)
     style = _gpt2_style(header, keys) if architecture == "gpt2" else _llama_style(header, keys)
-    values = {
+    values: dict[str, Any] = {
         "block_size": _context(keys, notes),
         "vocab_size": vocab_size,
         "padded_vocab_size": padded_vocab(vocab_size),

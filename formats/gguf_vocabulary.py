@@ -37,8 +37,11 @@ def vocabulary_metadata(
     eos = tokenizer.eot_id
     names = {token: name for name, token in tokenizer.special_tokens.items()}
     fields |= {"eos_token_id": eos, "add_bos_token": tokenizer.bos_id is not None}
-    first = tokenizer.special_tokens.get(template.bos_token, eos) if isinstance(template, ChatTemplate) else eos
-    fields["bos_token_id"] = first if tokenizer.bos_id is None else tokenizer.bos_id
+    if tokenizer.bos_id is not None:
+        begin, fields["bos_token_id"] = names.get(tokenizer.bos_id, ""), tokenizer.bos_id
+    else:  # llama.cpp wants one all the same; a chat template may write it
+        begin, asked = "", template.bos_token if isinstance(template, ChatTemplate) else ""
+        fields["bos_token_id"] = tokenizer.special_tokens.get(asked, eos)
     metadata = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
     if isinstance(template, ChatTemplate):
         metadata["tokenizer.chat_template"] = template.source
@@ -48,7 +51,7 @@ def vocabulary_metadata(
         if len(ends) > 1:
             notes.append(f"GGUF names two ends of an answer at most; {', '.join(map(repr, ends[1:]))} left out")
     elif template is not None:
-        metadata["tokenizer.chat_template"] = as_jinja(template, names[eos], names.get(tokenizer.bos_id, ""))
+        metadata["tokenizer.chat_template"] = as_jinja(template, names[eos], begin)
     return metadata, notes
 
 

@@ -58,8 +58,8 @@ def write_gguf(payload: dict[str, Any], path: str | Path, dtype: str = "f32") ->
 
 def _as_stored(config: GPTConfig) -> GPTConfig:
     """The config as far as a file can say it: float32 numbers, and nothing of training."""
-    exact = {name: shortest_float32(getattr(config, name)) for name in ("norm_eps", "rope_theta")}
-    return dataclasses.replace(config, dropout=0.0, **exact)
+    eps, theta = shortest_float32(config.norm_eps), shortest_float32(config.rope_theta)
+    return dataclasses.replace(config, dropout=0.0, norm_eps=eps, rope_theta=theta)
 
 
 def _fit_vocabulary(config: GPTConfig, tokenizer: Tokenizer, notes: list[str]) -> GPTConfig:

@@ -131,6 +131,14 @@ def test_rows_that_only_fill_the_table_are_left_out(tmp_path):
     assert back["notes"] == ["3 rows of the embedding beyond the 257 tokens are left out"]
 
 
+def test_what_a_file_cannot_say_does_not_stop_the_export(tmp_path):
+    config = variant(LLAMA, dropout=0.1, rope_theta=283461213.0, norm_eps=1.00001e-5)  # theta is no float32
+    write_gguf(payload(config), tmp_path / "m.gguf")
+    back = GPTConfig.from_dict(read_gguf(tmp_path / "m.gguf")["config"])
+    assert (back.dropout, back.norm_eps) == (0.0, 1.00001e-5)
+    assert np.float32(back.rope_theta) == np.float32(config.rope_theta)
+
+
 def test_a_sliding_window_shortens_the_context(tmp_path):
     write_gguf(payload(variant(LLAMA)), tmp_path / "m.gguf")
     back = read_gguf(alter(tmp_path / "m.gguf", tmp_path / "n.gguf", {"llama.attention.sliding_window": 16}))

@@ -186,7 +186,11 @@ def test_llama_cpp_cuts_text_into_as_many_tokens(tmp_path, name):
     config = config.from_dict({**config.to_dict(), "vocab_size": tokenizer.vocab_size, "padded_vocab_size": 50_304})
     source = payload(config, tokenizer=tokenizer)
     write_gguf(source, tmp_path / "m.gguf")
-    texts = [text[:200] for text in TEXTS] + ["a" + " " * n + "b" for n in range(1, 12)] + ["12345678", "it'll IT'LL"]
+    texts = (
+        [text[:200] for text in TEXTS]
+        + ["a" + " " * n + "b" for n in range(1, 12)]
+        + ["12345678", "it'll IT'LL", "a ½ ٣٤ x² ¼", "a  1   42\n\n 7"]
+    )
     answers = llama_cpp.greedy(tmp_path / "m.gguf", texts, 1)
     begin = tokenizer.bos_id is not None
     assert [answer.prompt_tokens - begin for answer in answers] == [len(tokenizer.encode(text)) for text in texts]
@@ -328,10 +332,19 @@ def test_smollm2_encodes_as_transformers_does_from_the_same_file(smollm2):  # no
     assert (ours.vocab_size, ours.eot_id, ours.bos_id) == (49152, theirs.eos_token_id, None)
     assert (template.source, template.stop) == (theirs.chat_template, (TURN,))
 
+    plain = Backend.from_str(theirs.backend_tokenizer.to_str())
+    # transformers does not know the splitting "smollm" and cuts as GPT-2, which shows in the spaces before digits.
+    # The model's own tokenizer.json, and llama.cpp, part every digit first.
+    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+
     @settings(max_examples=1000, deadline=None, derandomize=True)
     @given(ANY_TEXT)
     def check(text):
-        assert ours.encode_special(text) == theirs.encode(text, add_special_tokens=False)
+        ids = ours.encode_special(text)
+        assert ids == theirs.encode(text, add_special_tokens=False)
+        if not any(character.isnumeric() for character in text):
+            assert ids == plain.encode(text, add_special_tokens=False).ids
 
     check()
     for text in TEXTS:
