@@ -72,7 +72,10 @@ class _Keys:
         value = self.raw(name, default)
         if type(value) not in (int, float) or not 0 < value < 3e38:
             raise self.fail(name, value, "a number above 0")
-        return shortest_float32(value)
+        short = shortest_float32(value)
+        if not short:
+            raise self.fail(name, value, "a number that float32 tells from 0")
+        return short
 
     def sizes(self, name: str, layers: int, default: Any = _REQUIRED) -> int | tuple[int, ...]:
         """One whole number, or one per layer."""

@@ -74,7 +74,7 @@ def _of_bytes(tokenizer: Tokenizer) -> dict[str, Any]:
         "pre": "gpt-2",
         "tokens": [spelled[token] if token in spelled else names[token] for token in range(size)],
         "token_type": [CONTROL if token in special else NORMAL for token in range(size)],
-        # llama.cpp refuses a vocabulary without merges; one of the end of text with itself never applies.
+        # llama.cpp asks for merges, and gguf writes no empty list: one of the end of text with itself never applies.
         "merges": merges or [f"{end} {end}"],
     }
 

@@ -1,6 +1,8 @@
 """GGUF out and in: bit for bit in f32, the rounding of the type in f16 and q8_0, and a reason for what is refused."""
 
 import dataclasses
+import random
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -216,6 +218,28 @@ def test_refuses_what_it_would_compute_otherwise(good, tmp_path, case):
     with pytest.raises(FormatError, match=found) as caught:
         read_gguf(path)
     assert "bad.gguf" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "deci"])
+def test_only_format_errors_leave_the_reader_for_mutated_files(tmp_path, name):
+    """What a header that is well-formed says may still be nonsense."""
+    write_gguf(payload(NETWORKS[name][1]), tmp_path / "good.gguf")
+    content, path, rng = (tmp_path / "good.gguf").read_bytes(), tmp_path / "m.gguf", random.Random(0)
+    keys = read_gguf_header(tmp_path / "good.gguf")
+    spots = [content.index(key.encode()) + len(key) + 4 for key in keys.metadata if key.startswith(("token", name[:4]))]
+    spots += [content.index(key.encode()) + len(key) for key in keys.tensors]
+    refused = 0
+    for _ in range(1000):
+        changed = bytearray(content)
+        spot = rng.choice(spots) + rng.choice([0, 0, 0, 4, 8, 12, 20])
+        value = rng.choice([0, 1, 2, 3, 5, 7, 255, 1 << 16, 1 << 31, (1 << 32) - 1, 0x7FC00000, 0x7F800000, 0x80000000])
+        changed[spot : spot + 4] = struct.pack("<I", value)
+        path.write_bytes(changed)
+        try:
+            read_gguf(path)
+        except FormatError:
+            refused += 1
+    assert refused > 500
 
 
 BAD_NETWORKS = {
