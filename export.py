@@ -1,8 +1,10 @@
-"""Models in and out: Hugging Face folders, GGUF files, and this project's checkpoints.
+"""Models in and out: Hugging Face folders, GGUF files, PEFT adapters, and this project's checkpoints.
 
     python export.py import SRC OUT.pt          SRC: a Hugging Face folder, a GGUF file, or a name on the Hub
     python export.py hf CKPT OUT_DIR            a folder that transformers loads
     python export.py gguf CKPT OUT.gguf         a file that llama.cpp loads (--dtype f32, f16 or q8_0)
+    python export.py merge ADAPTER OUT.pt       a LoRA adapter and its base as one model
+    python export.py peft ADAPTER OUT_DIR       a LoRA adapter as PEFT loads it
 
 Each reads back what it wrote and prints the largest difference. Exit code 2 for bad input.
 """
@@ -10,7 +12,7 @@ Each reads back what it wrote and prints the largest difference. Exit code 2 for
 import sys
 from typing import Any
 
-from formats.settings import GgufSettings, HuggingFaceSettings, ImportSettings
+from formats.settings import GgufSettings, HuggingFaceSettings, ImportSettings, MergeSettings, PeftSettings
 from training.settings import nearest, run_script
 
 # Command: its settings, the words that may stand without a flag, what it does.
@@ -18,6 +20,8 @@ COMMANDS: dict[str, tuple[type, tuple[str, ...], str]] = {
     "import": (ImportSettings, ("source", "out"), "import SRC OUT.pt: make a model from elsewhere a checkpoint."),
     "hf": (HuggingFaceSettings, ("checkpoint", "out"), "hf CKPT OUT_DIR: write a folder that transformers loads."),
     "gguf": (GgufSettings, ("checkpoint", "out"), "gguf CKPT OUT.gguf: write a file that llama.cpp loads."),
+    "merge": (MergeSettings, ("adapter", "out"), "merge ADAPTER OUT.pt: put a LoRA adapter into its base."),
+    "peft": (PeftSettings, ("adapter", "out"), "peft ADAPTER OUT_DIR: write a LoRA adapter as PEFT loads it."),
 }
 
 
@@ -29,6 +33,8 @@ def main(settings: Any) -> None:
         ImportSettings: export.import_model,
         HuggingFaceSettings: export.export_huggingface,
         GgufSettings: export.export_gguf,
+        MergeSettings: export.merge_adapter,
+        PeftSettings: export.export_peft,
     }
     work[type(settings)](settings, print)
 

@@ -39,7 +39,8 @@ def chat(settings: SampleSettings) -> None:
     if len(settings.checkpoints) != 1 or others:
         what = f"--{others[0]} does not go with it" if others else f"{len(settings.checkpoints)} were given"
         raise ValueError(f"--chat talks with one checkpoint and reads what you type: {what}")
-    opened = open_model(settings.checkpoints[0], choose_device(settings.device))
+    device = choose_device(settings.device)
+    opened = open_model(settings.checkpoints[0], device, base_model=settings.base_model)
     conversation = Chat(opened, _sampling(settings), settings.prompt_template, settings.system)
     converse(conversation, _typed_lines(), _write)
 
@@ -66,6 +67,7 @@ def answer(settings: SampleSettings) -> None:
         prompt_template=settings.prompt_template,
         batch_size=settings.batch_size,
         device=choose_device(settings.device),
+        base_model=settings.base_model,
         say=lambda line: print(line, file=sys.stderr, flush=True),
         on_text=stream.text if streams else ignore,
         on_answer=stream.answer if streams else ignore,

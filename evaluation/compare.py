@@ -26,11 +26,11 @@ import torch
 
 from data.chat import Template, stop_ids
 from data.prompt_template import PromptTemplate, Record
-from data.templates import get_template, render_prompt, render_record
+from data.templates import get_template, render_prompt, render_record, template_from_spec
 from data.tokenizer import Tokenizer
 from evaluation.checkpoints import check_vocabulary, finite_or_none, ignore, short_labels
 from evaluation.perplexity import ArrayTokens, PerplexityResult, perplexity, safe_exp
-from formats.open_model import OpenModel, check_exists, open_model
+from formats.open_model import OpenModel, check_exists, load_payload, open_model
 from model.generate import generate
 
 
@@ -57,6 +57,7 @@ def compare(
     prompt_template: str = "auto",
     batch_size: int = 1,
     device: str | torch.device = "cpu",
+    base_model: str | None = None,
     say: Callable[[str], None] = ignore,
     on_text: Callable[[int, str], None] = ignore,
     on_answer: Callable[[int, dict[str, Any]], None] = ignore,
@@ -76,13 +77,13 @@ def compare(
     for ref in checkpoints[1:]:
         check_exists(ref)  # a mistyped name is told now, not after the first checkpoint's answers
     labels = short_labels(checkpoints)
-    first = open_model(checkpoints[0], device)
+    first = open_model(checkpoints[0], device, base_model=base_model)
     template, origin = _choose_template(prompt_template, first, checkpoints, labels)
     notes = [_input_note(template, origin, len(labels))]
     say(notes[0])
     heads, columns = [], []
     for number, (label, ref) in enumerate(zip(labels, checkpoints)):
-        opened = open_model(ref, device) if number else first
+        opened = open_model(ref, device, base_model=base_model) if number else first
         answers: list[dict[str, Any]] = []
         for answer in _answers(opened, prompts, template, sampling, batch_size, on_text):
             on_answer(len(answers), answer)
@@ -114,7 +115,7 @@ def _choose_template(
     if name != "auto":
         return (None, "") if name == "none" else (get_template(name), "")
     for number, (ref, label) in enumerate(zip(checkpoints, labels)):
-        template = (open_model(ref) if number else first).template
+        template = template_from_spec(load_payload(ref).get("template")) if number else first.template
         if template is not None:
             return template, f"found in {label}"
     return None, "no checkpoint holds a template"

@@ -49,7 +49,7 @@ def evaluate(
         texts.append(Text(f"{Path(settings.data_dir).name}/{settings.split}", tokens=tokens))
     results = []
     for label, ref in zip(short_labels(settings.checkpoints), settings.checkpoints):
-        opened = open_model(ref, device)
+        opened = open_model(ref, device, base_model=settings.base_model)
         check_vocabulary(opened)
         for text in texts:
             results.append(_evaluate_one(label, opened, text, settings, say))

@@ -15,6 +15,8 @@ class SampleSettings:
     """Prompts, each in quotes."""
     prompts: str | None = None
     """File of prompts, - for standard input: one a line, or JSON lines with prompt, context, reference (or Dolly's)."""
+    base_model: str | None = None
+    """Base of the adapters among them, where it is not where the adapters say."""
     chat: bool = False
     """Talk with the one checkpoint in the terminal, in its prompt template, answers as they are written."""
     system: str = ""
@@ -49,6 +51,8 @@ class EvaluateSettings:
 
     checkpoints: tuple[str, ...] = ()
     """Models, one or several: checkpoints (.pt), Hugging Face folders, GGUF files, Hub names."""
+    base_model: str | None = None
+    """Base of the adapters among them, where it is not where the adapters say."""
     metrics: tuple[str, ...] = ("perplexity",)
     """What to measure: perplexity (with loss and bits per byte)."""
     input: tuple[str, ...] = ()

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
+from formats.adapter import is_adapter
 from formats.checkpoint import load_checkpoint, save_checkpoint
 from formats.open_model import build_model, load_payload
-from formats.settings import GgufSettings, HuggingFaceSettings, ImportSettings
+from formats.settings import GgufSettings, HuggingFaceSettings, ImportSettings, MergeSettings, PeftSettings
+from model.config import GPTConfig
+from model.tuning import base_state, merge
 
 Say = Callable[[str], None]
 _PROBE_LENGTH = 32  # tokens on which the two networks' logits are compared
@@ -53,6 +56,42 @@ def export_gguf(settings: GgufSettings, say: Say) -> None:
     _finish(payload, report, out, say)
 
 
+def export_peft(settings: PeftSettings, say: Say) -> None:
+    """Write a LoRA adapter as a folder that PEFT loads. Raises ValueError or OSError for what cannot be."""
+    from formats.peft import write_peft
+
+    _need(settings.adapter, "ADAPTER, the adapter to export")
+    _need(settings.out, "OUT_DIR, the folder to write")
+    report = write_peft(load_payload(settings.adapter), Path(settings.out))
+    _say_notes(report, say)
+    say(f"Compared the updates with {settings.out} read back: largest difference {report['largest_difference']:g}")
+
+
+@torch.inference_mode()
+def merge_adapter(settings: MergeSettings, say: Say) -> None:
+    """Write base and LoRA as one weights-only checkpoint. Raises ValueError or OSError for what cannot be."""
+    _need(settings.adapter, "ADAPTER, the adapter to merge")
+    out = _output_file(settings.out, ".pt", settings.overwrite)
+    payload = load_payload(settings.adapter, base_model=settings.base_model)
+    if not is_adapter(payload):
+        raise ValueError(f"{settings.adapter}: is a whole model, there is nothing to merge")
+    if payload["adapter"]["method"] == "qlora":  # into the base itself, not into what four bits keep of it
+        lora = payload["adapter"]["settings"]["lora"]
+        payload = {**payload, "adapter": {"method": "lora", "settings": lora}}
+        say("Note: trained on a quantised base, merged into the unquantised one: outputs differ by the quantisation")
+    model = build_model(payload, settings.adapter, base_model=settings.base_model).eval()
+    ids = _probe(model.config)
+    apart = model(ids)[..., : model.config.vocab_size]
+    merge(model)
+    about = {key: payload.get(key) for key in ("tokenizer", "template", "step", "val_loss")}
+    weights = base_state(model)
+    size = save_checkpoint(out, {"model": weights, "config": model.config.to_dict(), **about})
+    merged = build_model(load_checkpoint(out), out).eval()(ids)[..., : model.config.vocab_size]
+    difference = float((merged - apart).abs().max())
+    say(f"Compared the logits of {ids.numel()} tokens, merged and apart: largest difference {difference:g}")
+    say(f"{out}: {sum(tensor.numel() for tensor in weights.values()):,} parameters, {size / 1e6:,.1f} MB")
+
+
 def _finish(payload: dict[str, Any], report: dict[str, Any], out: Path, say: Say) -> None:
     """Notes, and the comparison: of the weights by the writer, of the logits here, with the file opened anew."""
     for note in report["notes"]:
@@ -69,17 +108,20 @@ def _finish(payload: dict[str, Any], report: dict[str, Any], out: Path, say: Say
 @torch.inference_mode()
 def logits_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
     """The largest difference between the logits of two payloads' networks on a fixed row of random ids."""
-    ids: torch.Tensor | None = None
     found = []
-    for payload in (one, other):  # one network at a time in memory
+    ids = _probe(GPTConfig.from_dict(one["config"]))
+    for payload in (one, other):
         model = build_model(payload, "the model").eval()
-        if ids is None:
-            length = min(_PROBE_LENGTH, model.config.block_size)
-            ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
         found.append(model(ids)[..., : model.config.vocab_size])
     if found[0].shape != found[1].shape:
         raise ValueError(f"the file read back has a vocabulary of {found[1].size(-1)}, the model {found[0].size(-1)}")
     return float((found[0] - found[1]).abs().max())
+
+
+def _probe(config: GPTConfig) -> torch.Tensor:
+    """Random ids (1, T), always the same."""
+    length = min(_PROBE_LENGTH, config.block_size)
+    return torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
 
 
 def _largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

@@ -12,12 +12,13 @@ import torch
 from data.chat import Template, stop_ids
 from data.templates import template_from_spec
 from data.tokenizer import Tokenizer, tokenizer_from_spec
-from formats.adapter import base_candidates, check_base, is_adapter, put_on
+from formats.adapter import base_candidates, base_entry, check_base, is_adapter, put_on
 from formats.checkpoint import load_checkpoint
 from model.config import GPTConfig
 from model.gpt import GPT
 
 KINDS = "a checkpoint (.pt), a Hugging Face folder, a GGUF file, or a Hub name (owner/name)"
+PEFT_CONFIG = "adapter_config.json"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w./-]+\.gguf)?")
 
 
@@ -42,7 +43,7 @@ def open_model(
     Raises FileNotFoundError or ValueError naming the file and what is wrong with it.
     """
     path = Path(ref)
-    payload = load_payload(ref)
+    payload = load_payload(ref, base_model=base_model)
     model = build_model(payload, path, base_model=base_model)
     tokenizer = payload_tokenizer(payload, path)
     template = template_from_spec(payload.get("template"))
@@ -57,34 +58,39 @@ def open_model(
     )
 
 
-def load_payload(ref: str | Path) -> dict[str, Any]:
+def load_payload(ref: str | Path, *, base_model: str | Path | None = None) -> dict[str, Any]:
     """What a checkpoint holds, from whatever `ref` names; from elsewhere than a .pt, `in_memory` is True.
 
-    Such tensors are owned by the payload, and `build_model` takes them over; a checkpoint's are mapped from its file.
+    `base_model` is where to look for the base of an adapter in PEFT's format, which is not read without it. Such
+    tensors are owned by the payload, and `build_model` takes them over; a checkpoint's are mapped from its file.
     Raises FileNotFoundError or ValueError naming the file and what is wrong with it.
     """
     path = _local(ref)
+    if (path / PEFT_CONFIG).is_file():
+        return _from_peft(path, base_model)
     if path.is_dir():
         from formats.hf_read import read_huggingface
 
-        return _foreign(read_huggingface(path), path)
+        return {**read_huggingface(path), "in_memory": True}
     if is_gguf(path):
         from formats.gguf_read import read_gguf
 
-        return _foreign(read_gguf(path), path)
+        return {**read_gguf(path), "in_memory": True}
     return load_checkpoint(path)
 
 
-def _foreign(payload: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A model from elsewhere, with its vocabulary as large as its tokenizer's.
+def _from_peft(folder: Path, base_model: str | Path | None) -> dict[str, Any]:
+    """An adapter in PEFT's format, completed by what its base knows: the digest, the tokenizer, the template."""
+    from formats.peft import peft_base, read_peft
 
-    Published ones round it up (Qwen2.5: 151,936 ids, of which 151,665 have a text). The rows stay, but ids that no text
-    can have are out of loss and sampling. ValueError for a tokenizer with more ids than the network has.
-    """
-    known, asked = payload["config"]["vocab_size"], payload_tokenizer(payload, path).vocab_size
-    if asked > known:
-        raise ValueError(f"{path}: its tokenizer has ids up to {asked - 1}, its network only up to {known - 1}")
-    return {**payload, "config": {**payload["config"], "vocab_size": asked}, "in_memory": True}
+    name = str(base_model) if base_model is not None else peft_base(folder)
+    if not name:
+        raise ValueError(f"{folder}: names no base: add --base_model")
+    base = load_payload(name)
+    if is_adapter(base):
+        raise ValueError(f"{name}: is an adapter itself, {folder} needs a whole model: name it with --base_model")
+    payload = {**read_peft(folder, base["config"]), "base": base_entry(base, name, folder)}
+    return {**payload, "tokenizer": base.get("tokenizer"), "template": base.get("template"), "in_memory": True}
 
 
 def load_any_tokenizer(ref: str | Path) -> Tokenizer:
@@ -132,7 +138,7 @@ def _local(ref: str | Path) -> Path:
         from formats.hub import fetch_from_hub
 
         path = fetch_from_hub(str(ref))
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not any((path / name).is_file() for name in ("config.json", PEFT_CONFIG)):
         raise ValueError(f"{path}: is a folder without config.json; expected {KINDS}")
     return path
 

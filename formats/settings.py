@@ -42,3 +42,27 @@ class GgufSettings:
     """How matrices are stored; norms and biases stay f32."""
     overwrite: bool = False
     """Replace a file that is there."""
+
+
+@dataclass
+class PeftSettings:
+    """export.py peft: make a LoRA adapter a folder that PEFT loads."""
+
+    adapter: str = ""
+    """The adapter to export (.pt)."""
+    out: str = ""
+    """The folder to write; it must not hold anything yet."""
+
+
+@dataclass
+class MergeSettings:
+    """export.py merge: put a LoRA adapter into the weights of its base."""
+
+    adapter: str = ""
+    """The adapter to merge: a checkpoint (.pt), or a folder of PEFT's."""
+    out: str = ""
+    """The checkpoint to write (.pt)."""
+    base_model: str | None = None
+    """The adapter's base, where it is not where the adapter says."""
+    overwrite: bool = False
+    """Replace a file that is there."""

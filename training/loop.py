@@ -89,7 +89,10 @@ class Trainer:
         if here.world_size == 1:
             return self.model
         ids = [here.device.index] if here.device.type == "cuda" else None
-        return DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
+        # Buffers are masks and quantised weights, the same everywhere: not sent before each forward.
+        return DistributedDataParallel(
+            self.model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
 
     def _unfreeze(self, step: int) -> None:
         """Progressive unfreezing: what the step trains."""
