@@ -67,10 +67,9 @@ def read_config(header: GgufHeader) -> tuple[GPTConfig, list[str]]:
     factors = None
     if _ROPE_FACTORS in header.tensors:
         info = header.tensors[_ROPE_FACTORS]
-        if len(info.shape) != 1 or info.shape[0] > 1 << 16:
-            raise FormatError(
-                f"{header.path}: {_ROPE_FACTORS} has shape {info.shape}, expected one value for each pair"
-            )
+        if len(info.shape) != 1 or info.shape[0] > 1 << 16 or info.type != "F32":
+            found = f"{info.type} {info.shape}"
+            raise FormatError(f"{header.path}: {_ROPE_FACTORS} is {found}, expected one F32 value for each pair")
         with open(header.path, "rb") as file:
             ((_, factors),) = _blocks(file, info, header.path)
     return to_gpt_config(header, factors)
@@ -132,7 +131,8 @@ def _blocks(file: IO[bytes], info: TensorInfo, where: Path) -> Iterator[tuple[in
         raw = bytearray(count * row_bytes)
         if file.readinto(raw) != len(raw):  # type: ignore[attr-defined]
             raise FormatError(f"{where}: became shorter while it was read")
-        values = quants.dequantize(np.frombuffer(raw, dtype=np.uint8).reshape(count, row_bytes), kind)
+        with np.errstate(all="ignore"):  # scales that are no numbers are the file's, and stay so
+            values = quants.dequantize(np.frombuffer(raw, dtype=np.uint8).reshape(count, row_bytes), kind)
         block = torch.from_numpy(values)  # (count, columns)
         yield first, block[0] if len(info.shape) == 1 else block
 

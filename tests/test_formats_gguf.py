@@ -199,6 +199,7 @@ BAD_TENSORS = {
     "three dimensions": ({"output_norm.weight": floats(1, 32)}, "has shape"),
     "type": ({"blk.1.ffn_up.weight": (np.zeros((48, 18), np.uint8), "IQ4_NL")}, "of type IQ4_NL; read are F32, F16"),
     "rope factors": ({"rope_freqs.weight": ((np.arange(4, dtype=np.float32) + 2).view(np.uint8), "F32")}, "Llama 3's"),
+    "rope factors' type": ({"rope_freqs.weight": (np.zeros(4, np.uint8), "I8")}, r"is I8 \(4,\), expected one F32"),
     "rope factors' number": ({"rope_freqs.weight": floats(7)}, r"rope_freqs.weight has shape \(7,\)"),
 }
 
