@@ -32,8 +32,8 @@ def write_gguf(payload: dict[str, Any], path: str | Path, dtype: str = "f32") ->
     """Write a checkpoint's payload with its tokenizer and template; vectors stay f32 in every `dtype`.
 
     Returns {"largest_difference": of any weight after reading back, "path", "bytes", "notes": [str, ...]}. Memory: the
-    payload's and four times its largest tensor. ValueError with the reason where GGUF has no place for the network or the tokenizer;
-    what was at `path` then stays.
+    payload's and four times its largest tensor. ValueError with the reason where GGUF has no place for the network or
+    the tokenizer; what was at `path` then stays.
     """
     path = Path(path)
     if dtype not in DTYPES:
