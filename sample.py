@@ -33,6 +33,7 @@ def chat(settings: SampleSettings) -> None:
     """Talk with one checkpoint in the terminal."""
     from evaluation.chat import Chat, converse
     from formats.open_model import open_model
+    from model.pack import for_generation
     from training.distributed import choose_device
 
     others = [name for name in ("prompt", "prompts", "json", "html") if getattr(settings, name)]
@@ -41,6 +42,7 @@ def chat(settings: SampleSettings) -> None:
         raise ValueError(f"--chat talks with one checkpoint and reads what you type: {what}")
     device = choose_device(settings.device)
     opened = open_model(settings.checkpoints[0], device, base_model=settings.base_model)
+    for_generation(opened.model, settings.weights)
     conversation = Chat(opened, _sampling(settings), settings.prompt_template, settings.system)
     converse(conversation, _typed_lines(), _write)
 
@@ -68,6 +70,7 @@ def answer(settings: SampleSettings) -> None:
         batch_size=settings.batch_size,
         device=choose_device(settings.device),
         base_model=settings.base_model,
+        weights=settings.weights,
         say=lambda line: print(line, file=sys.stderr, flush=True),
         on_text=stream.text if streams else ignore,
         on_answer=stream.answer if streams else ignore,

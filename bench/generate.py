@@ -55,13 +55,11 @@ def ours(arguments: argparse.Namespace, int8: bool) -> Step:
     from model.config import preset
     from model.generate import generate
     from model.gpt import GPT
+    from model.pack import for_generation
 
     torch.manual_seed(0)
     model = open_model(arguments.model).model if arguments.model else GPT(preset("124M")).eval()
-    if int8:
-        from model.quantize import quantize_int8
-
-        quantize_int8(model)
+    for_generation(model, "int8" if int8 else "float32")
     rows = prompts(arguments.batch, model.config.vocab_size)
 
     def step() -> dict[str, Any]:

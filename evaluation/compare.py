@@ -32,6 +32,7 @@ from evaluation.checkpoints import check_vocabulary, finite_or_none, ignore, sho
 from evaluation.perplexity import ArrayTokens, PerplexityResult, perplexity, safe_exp
 from formats.open_model import OpenModel, check_exists, load_payload, open_model
 from model.generate import generate
+from model.pack import for_generation
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def compare(
     batch_size: int = 1,
     device: str | torch.device = "cpu",
     base_model: str | None = None,
+    weights: str = "float32",
     say: Callable[[str], None] = ignore,
     on_text: Callable[[int, str], None] = ignore,
     on_answer: Callable[[int, dict[str, Any]], None] = ignore,
@@ -77,13 +79,13 @@ def compare(
     for ref in checkpoints[1:]:
         check_exists(ref)  # a mistyped name is told now, not after the first checkpoint's answers
     labels = short_labels(checkpoints)
-    first = open_model(checkpoints[0], device, base_model=base_model)
+    first = _open(checkpoints[0], device, base_model, weights)
     template, origin = _choose_template(prompt_template, first, checkpoints, labels)
     notes = [_input_note(template, origin, len(labels))]
     say(notes[0])
     heads, columns = [], []
     for number, (label, ref) in enumerate(zip(labels, checkpoints)):
-        opened = open_model(ref, device, base_model=base_model) if number else first
+        opened = _open(ref, device, base_model, weights) if number else first
         answers: list[dict[str, Any]] = []
         for answer in _answers(opened, prompts, template, sampling, batch_size, on_text):
             on_answer(len(answers), answer)
@@ -102,6 +104,12 @@ def compare(
         "checkpoints": heads,
         "rows": [_row(record, template, first.tokenizer, row) for record, row in zip(prompts, zip(*columns))],
     }
+
+
+def _open(ref: str | Path, device: str | torch.device, base_model: str | None, weights: str) -> OpenModel:
+    opened = open_model(ref, device, base_model=base_model)
+    for_generation(opened.model, weights)
+    return opened
 
 
 def _choose_template(
@@ -238,7 +246,7 @@ def _head(
         "path": str(ref),
         "step": opened.step,
         "val_loss": opened.val_loss,
-        "parameters": opened.model.num_params(),
+        "parameters": opened.parameters,
         "tokenizer": opened.tokenizer.kind,
         "template": opened.template.name if opened.template else None,
         "summary": summary,

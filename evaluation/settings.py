@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass
@@ -23,6 +24,8 @@ class SampleSettings:
     """The system message of a chat."""
     prompt_template: str = "auto"
     """A template's name, such as dolly or chatml; none = raw text; auto = the first checkpoint's that has one."""
+    weights: Literal["float32", "int8"] = "float32"
+    """int8: about twice the tokens/s on a CPU, with slightly other numbers."""
     max_new_tokens: int = 128
     """Longest answer in tokens."""
     temperature: float = 0.8

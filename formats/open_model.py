@@ -16,6 +16,7 @@ from formats.adapter import base_candidates, base_entry, check_base, is_adapter,
 from formats.checkpoint import load_checkpoint
 from model.config import GPTConfig
 from model.gpt import GPT
+from model.tuning import trainable_report
 
 KINDS = "a checkpoint (.pt), a Hugging Face folder, a GGUF file, or a Hub name (owner/name)"
 PEFT_CONFIG = "adapter_config.json"
@@ -30,6 +31,7 @@ class OpenModel:
     tokenizer: Tokenizer
     template: Template | None
     stop_ids: tuple[int, ...]  # an answer ends before any of these
+    parameters: int
     path: Path
     step: int | None
     val_loss: float | None
@@ -52,6 +54,7 @@ def open_model(
         tokenizer=tokenizer,
         template=template,
         stop_ids=stop_ids(template, tokenizer),
+        parameters=trainable_report(model)[1],
         path=path,
         step=payload.get("step"),
         val_loss=payload.get("val_loss"),

@@ -21,9 +21,7 @@ class AdapterSettings:
 
     dim: int = 64  # width of the bottleneck
     dropout: float = 0.1  # on the bottleneck
-    placement: str = (
-        "block"  # after each block; "houlsby": after attention and after the MLP, before the sum
-    )
+    placement: str = "block"  # after each block; "houlsby": after attention and after the MLP, before the sum
 
     def __post_init__(self) -> None:
         if not isinstance(self.dim, int) or isinstance(self.dim, bool) or self.dim < 1:

@@ -34,9 +34,13 @@ class MLP(nn.Module):
         self.gate_proj = Linear(config.n_embd, mlp_dim, bias=config.mlp_bias) if config.mlp == "swiglu" else None
         self.up_proj = Linear(config.n_embd, mlp_dim, bias=config.mlp_bias)
         self.down_proj = Linear(mlp_dim, config.n_embd, bias=config.mlp_bias)
+        self.gate_up_proj: nn.Module | None = None  # in place of gate and up, see pack.py
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
+        if self.gate_up_proj is not None:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+            return self._activate_and_project(up, gate)
         up = self.up_proj(x)
         gate = None if self.gate_proj is None else self.gate_proj(x)  # (B, T, mlp_dim), as up
         if torch.is_grad_enabled() and up.requires_grad and not torch.compiler.is_compiling():
@@ -98,6 +102,7 @@ class GPT(nn.Module):
         self.config = config
         self.gradient_checkpointing = False  # recompute each block in backward: less memory, about 4/3 of the time
         self.prompt: nn.Module | None = None  # trained context in front of every text, see prompt_methods.py
+        self.head: nn.Module | None = None  # in place of the head's matrix for logits, see quantize.py
         self.context_length = config.block_size  # of a text, in tokens; what the prompt takes of it is not in it
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
@@ -154,7 +159,7 @@ class GPT(nn.Module):
             hidden = hidden[:, -1:]
         else:
             assert logits_for == "all", f"logits_for is {logits_for!r}"
-        logits = linear(hidden, head)
+        logits = linear(hidden, head) if self.head is None else self.head(hidden)
         logits[..., self.config.vocab_size :] = float("-inf")
         return logits
 

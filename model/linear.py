@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_MOST_ROWS = 32
-
 
 class Linear(nn.Linear):
     """nn.Linear, but for the way in which `linear` multiplies."""
@@ -18,19 +16,22 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) @ weight (out, in).T + bias. In inference mode few rows go `_few_rows`'s way."""
-    # Compilation first: torch.compile can not trace the question after it, and would cut its graph at every layer.
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or not takes_few_rows(x, weight):
+    """x (..., in) @ weight (out, in).T + bias. A decoding step's few rows on a CPU go `_few_rows`'s way."""
+    if not is_decoding_step(x) or weight.dtype != torch.float32:
         return F.linear(x, weight, bias)
     y = _few_rows(x.reshape(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.size(0))
     return y if bias is None else y + bias
 
 
-def takes_few_rows(x: Tensor, weight: Tensor) -> bool:
-    """Whether x (..., in) has few rows, and it and the weight are plain fp32 on a CPU."""
-    rows = x.numel() // x.size(-1)
-    plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
-    return rows <= _MOST_ROWS and plain and not torch.is_autocast_enabled("cpu")
+def is_decoding_step(x: Tensor) -> bool:
+    """Whether x (..., in) is at most 32 rows of plain fp32 on a CPU, in inference mode.
+
+    Asked 200 times a step, so by what is cheap to ask. Compilation first: torch.compile can not trace the question
+    after it, and would cut its graph at every layer.
+    """
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or not x.is_cpu:
+        return False
+    return x.dtype == torch.float32 and x.numel() <= 32 * x.size(-1) and not torch.is_autocast_enabled("cpu")
 
 
 def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
     """
     R = x.size(0)
     if R == 1:
-        return torch.mm(weight, torch.cat((x, x)).t())[:, 0]
+        return torch.mm(weight, torch.cat((x, x)).t()).select(1, 0)
     if 8 <= R < 16:
         fours = F.pad(x, (0, 0, 0, -R % 4)).split(4)
         return torch.cat([torch.mm(weight, four.t()) for four in fours], dim=1)[:, :R].t().contiguous()

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.linear import Linear, linear, takes_few_rows
+from model.linear import Linear, is_decoding_step, linear
 
 
 @pytest.mark.parametrize("rows", [*range(1, 18), 31, 32, 33, 64])
@@ -30,12 +30,13 @@ def test_training_keeps_its_kernel_bit_for_bit() -> None:
         assert layer(x).dtype == torch.bfloat16
 
 
-def test_only_few_plain_fp32_rows_on_a_cpu_take_the_other_way() -> None:
-    weight = torch.zeros(8, 4)
-    assert takes_few_rows(torch.zeros(2, 16, 4), weight)
-    assert not takes_few_rows(torch.zeros(2, 17, 4), weight)
-    assert not takes_few_rows(torch.zeros(1, 4, dtype=torch.bfloat16), weight.bfloat16())
-    assert not takes_few_rows(torch.zeros(1, 4, device="meta"), weight)
+def test_only_few_plain_fp32_rows_on_a_cpu_are_a_decoding_step() -> None:
+    assert not is_decoding_step(torch.zeros(2, 16, 4)), "outside inference mode"
+    with torch.inference_mode():
+        assert is_decoding_step(torch.zeros(2, 16, 4))
+        assert not is_decoding_step(torch.zeros(2, 17, 4))
+        assert not is_decoding_step(torch.zeros(1, 4, dtype=torch.bfloat16))
+        assert not is_decoding_step(torch.zeros(1, 4, device="meta"))
 
 
 def test_an_empty_batch_has_an_empty_product() -> None:

@@ -1,0 +1,57 @@
+"""Made ready for generation: joined matrices give the same numbers, int8 nearly the same."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from model.generate import generate
+from model.lora import LoraSettings, apply_lora
+from model.pack import for_generation
+from model.quantize import quantized_bytes
+from tests.model_helpers import FAMILIES, GPT2, LLAMA, UNBALANCED, batch, build
+
+
+@FAMILIES
+@pytest.mark.parametrize("uneven", [False, True])
+@torch.inference_mode()
+def test_joined_layers_change_nothing(config, uneven):
+    config = dataclasses.replace(config, **UNBALANCED) if uneven else config
+    model = build(config)
+    packed = for_generation(copy.deepcopy(model))
+    assert not any(name.endswith(("q_proj.weight", "gate_proj.weight")) for name, _ in packed.named_parameters())
+    idx, _ = batch(config, T=12)
+    torch.testing.assert_close(packed(idx), model(idx), atol=1e-5, rtol=1e-5)
+    how = {"max_new_tokens": 24, "temperature": 0.0}
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+    assert generate(packed, prompts, **how) == generate(model, prompts, **how)
+
+
+@FAMILIES
+@torch.inference_mode()
+def test_int8_is_near_and_small_and_reads_its_codes_as_it_dequantises_them(config):
+    model = build(config)
+    int8 = for_generation(copy.deepcopy(model), "int8")
+    idx, _ = batch(config, B=2, T=12)
+    exact, near = model(idx)[..., : config.vocab_size], int8(idx)[..., : config.vocab_size]
+    assert (near - exact).abs().mean() < 0.05 * exact.std()
+    few = torch.cat([int8(row.unsqueeze(0)) for row in idx])  # 12 rows: the codes as they lie
+    many = int8(idx.repeat(4, 1))[:2]  # 96 rows: dequantised
+    assert (few - many)[..., : config.vocab_size].abs().max() < 0.05 * exact.std()
+    held, dense = quantized_bytes(int8)
+    assert held < 0.3 * dense
+
+
+def test_what_something_was_added_to_stays_as_it_is():
+    model = apply_lora(build(LLAMA), LoraSettings(targets=("q_proj",))).eval()
+    idx, _ = batch(LLAMA, T=8)
+    with torch.inference_mode():
+        before = model(idx)
+        packed = for_generation(model)
+        assert packed.h[0].attn.qkv_proj is None and packed.h[0].mlp.gate_up_proj is not None
+        torch.testing.assert_close(packed(idx), before, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="merge it first"):
+        for_generation(apply_lora(build(GPT2), LoraSettings(targets=("q_proj",))), "int8")
+    with pytest.raises(ValueError, match="choose one of float32, int8"):
+        for_generation(build(GPT2), "int4")
