@@ -39,13 +39,18 @@ def main(settings: Any) -> None:
     work[type(settings)](settings, print)
 
 
-if __name__ == "__main__":
-    command, *words = sys.argv[1:] or ["--help"]
+def command_line(words: list[str]) -> None:
+    """Run `export.py WORDS`; SystemExit with code 2 for a mistake, 0 for help."""
+    command, *rest = words or ["--help"]
     if command in ("-h", "--help"):
-        print(__doc__.strip())
-        raise SystemExit(0)
+        print((__doc__ or "").strip())
+        return
     if command not in COMMANDS:
         print(f"error: unknown command {command!r}.{nearest(command, COMMANDS)} (--help lists all)", file=sys.stderr)
         raise SystemExit(2)
     settings, names, description = COMMANDS[command]
-    run_script(main, settings, description, words, positionals=names)
+    run_script(main, settings, description, rest, positionals=names)
+
+
+if __name__ == "__main__":
+    command_line(sys.argv[1:])
