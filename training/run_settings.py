@@ -129,6 +129,28 @@ class FinetuneSettings(RunSettings):
     """Folder of the run: model_NNNNN.pt, metrics.jsonl, config.yaml, training.log, curves.png."""
     finetune_method: Literal["full", "progressive", "freeze", "lora", "qlora", "adapter", "prefix", "p_tuning"] = "full"
     """What is trained: all parameters, at once or from the top down, the last layers, or a small addition."""
+    objective: Literal["sft", "dpo", "grpo"] = "sft"
+    """What is minimised: loss on given answers, on pairs of a better and a worse one, or minus a reward of new ones."""
+    dpo_beta: float = 0.1
+    """DPO: how much a change of log-probability against the reference counts; larger stays closer to it."""
+    dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """DPO: logistic loss of the margin (Rafailov et al. 2023), or squared distance to a fixed one (IPO)."""
+    label_smoothing: float = 0.0
+    """DPO, sigmoid: share of pairs whose preference is taken to be the wrong way round."""
+    reward: str = "arithmetic"
+    """GRPO: arithmetic, or path/to/file.py:function of (prompt, completion, reference), texts, that gives a number."""
+    grpo_group: int = 8
+    """GRPO: completions of each prompt, whose rewards are compared with each other."""
+    grpo_epochs: int = 1
+    """GRPO: optimizer updates from the completions of one step."""
+    grpo_clip: float = 0.2
+    """GRPO: the ratio of new to old probability counts within 1 - clip and 1 + clip only."""
+    grpo_beta: float = 0.04
+    """GRPO: weight of the KL divergence from the reference; 0 needs no reference."""
+    grpo_max_new_tokens: int = 128
+    """GRPO: longest completion."""
+    grpo_temperature: float = 1.0
+    """GRPO: temperature of completions."""
     adapter: str | None = None
     """A trained adapter to go on with, on the base that --pretrained_checkpoint names."""
     lora_r: int = 8
