@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 
 from data.chat import Template, render_conversation
+from data.prompt_template import PromptTemplate
 from data.templates import get_template
 from data.tokenizer import Tokenizer
 from evaluation.checkpoints import check_vocabulary
@@ -49,7 +50,8 @@ class Chat:
                 written.append(piece)
                 yield piece
         finally:
-            self.turns.append({"role": "assistant", "content": "".join(written).strip()})
+            end = self.template.end if isinstance(self.template, PromptTemplate) else ""
+            self.turns.append({"role": "assistant", "content": "".join(written).removesuffix(end).strip()})
 
     def _fitting_prompt(self) -> list[int]:
         """Ids up to where the answer begins. The oldest exchanges go while it and an answer exceed the context."""

@@ -14,6 +14,7 @@ import pytest
 
 from data.settings import InspectSettings, PrepareSettings
 from evaluation.settings import EvaluateSettings, SampleSettings
+from export import COMMANDS as EXPORTS
 from training.run_settings import FinetuneSettings, TrainSettings
 from training.settings import parse
 
@@ -26,6 +27,7 @@ SETTINGS = {
     "model/finetune_dolly.py": FinetuneSettings,
     "sample.py": SampleSettings,
     "evaluate.py": EvaluateSettings,
+    "export.py": object,
 }
 # Blocks tagged so need what this machine may lack; they are parsed, the others run.
 NEEDS = {"gpu", "hub", "cluster", "peer"}
@@ -56,6 +58,9 @@ def test_every_documented_flag_exists(page: str, line: str, tags: set[str]) -> N
     index = scripts[0]
     cls, rest = SETTINGS[words[index]], words[index + 1 :]
     rest = rest[: rest.index("|")] if "|" in rest else rest
+    if words[index] == "export.py":
+        cls, names, _ = EXPORTS[rest[0]]
+        rest = [word for name, value in zip(names, rest[1:]) for word in (f"--{name}", value)] + rest[1 + len(names) :]
     if cls is PrepareSettings and rest[:1] == ["inspect"]:
         cls, rest = InspectSettings, ["--data_dir", *rest[1:]]
     if "--help" in rest:
