@@ -15,7 +15,7 @@ from model.attention import AttentionInputs, CausalSelfAttention, document_mask
 from model.cache import KeyValues, KVCache
 from model.config import GPTConfig
 from model.linear import Linear, linear
-from model.loss import linear_cross_entropy_sum
+from model.loss import linear_cross_entropy_each, linear_cross_entropy_sum
 from model.rope import rope_frequencies, rope_tables
 
 
@@ -142,16 +142,24 @@ class GPT(nn.Module):
         doc_ids: Tensor | None = None,
         cache: KVCache | None = None,
         logits_for: str | Tensor = "all",
+        reduction: str = "sum",
+        temperature: float = 1.0,
     ) -> Tensor:
         """Logits (B, T, padded_vocab_size) of idx (B, T), -inf for ids that do not exist; or, given targets, the loss.
 
         targets (B, T), -100 where nothing is supervised: returns the SUM of the cross entropy, an fp32 scalar in nats.
         positions (B, T) or (T,): where each token stands, if not 0..T-1. doc_ids (B, T): the record of each token in a
         packed row, -1 for padding; attention stays inside a record. cache: idx continues what it holds.
+        reduction: "none" returns the loss of each position (B, T) instead, 0 where nothing is supervised, of logits that
+        are divided by `temperature`.
         logits_for: "all", "last", or one index per row (B,); the latter two return (B, 1, padded_vocab_size).
         """
         hidden, head = self.hidden(idx, positions=positions, doc_ids=doc_ids, cache=cache)
+        if targets is not None and reduction == "none":
+            scaled = (hidden if temperature == 1.0 else hidden / temperature).flatten(0, 1)
+            return _losses(scaled, head, targets.flatten(), self.config.vocab_size).view_as(targets)
         if targets is not None:
+            assert reduction == "sum" and temperature == 1.0, (reduction, temperature)
             return _loss(hidden.flatten(0, 1), head, targets.flatten(), self.config.vocab_size)
         if isinstance(logits_for, Tensor):
             hidden = hidden[torch.arange(len(idx), device=idx.device), logits_for].unsqueeze(1)
@@ -237,3 +245,4 @@ class GPT(nn.Module):
 
 # The number of supervised positions is data: torch.compile would break its graph in the middle of the loss.
 _loss = torch.compiler.disable(linear_cross_entropy_sum)
+_losses = torch.compiler.disable(linear_cross_entropy_each)

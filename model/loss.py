@@ -27,7 +27,19 @@ def linear_cross_entropy_sum(
     assert hidden.dim() == 2 and weight.dim() == 2 and targets.shape == hidden.shape[:1]
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _LinearCrossEntropySum.apply(hidden, weight, targets, vocab_size, chunk)
-    return _loss_and_gradients(hidden, weight, targets, vocab_size, chunk, False, False)[0]
+    return _losses(hidden, weight, targets, vocab_size, chunk)[0].sum()
+
+
+def linear_cross_entropy_each(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int | None = None
+) -> Tensor:
+    """The cross entropy of every position, fp32 (N,) in nats, 0 where nothing is supervised; arguments as for the sum.
+
+    What each position's gradient counts is known in backward only, so there the logits of each piece are made a second
+    time: as little memory as the sum takes, for a fourth matmul beside its three.
+    """
+    assert hidden.dim() == 2 and weight.dim() == 2 and targets.shape == hidden.shape[:1]
+    return _LinearCrossEntropyEach.apply(hidden, weight, targets, vocab_size, chunk)
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
@@ -38,11 +50,12 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int | None
     ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        loss, *gradients = _loss_and_gradients(hidden, weight, targets, vocab_size, chunk, need_hidden, need_weight)
+        needs = {"need_hidden": need_hidden, "need_weight": need_weight}
+        losses, *gradients = _losses(hidden, weight, targets, vocab_size, chunk, **needs)
         # Not save_for_backward: it would keep a second reference, and autograd then copies the gradient (154 MB for
         # GPT-2's head) where it could have taken it over.
         ctx.gradients = gradients
-        return loss
+        return losses.sum()
 
     @staticmethod
     @once_differentiable
@@ -54,18 +67,53 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None
 
 
-def _loss_and_gradients(
+class _LinearCrossEntropyEach(torch.autograd.Function):
+    """Forward keeps its inputs, backward makes both gradients from them and from what each position counts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int | None
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.vocab_size, ctx.chunk = vocab_size, chunk
+        ctx.dtype = _matmul_dtype(hidden, weight)  # backward runs outside of autocast
+        supervised = _losses(hidden, weight, targets, vocab_size, chunk)[0]
+        losses = supervised.new_zeros(len(targets))
+        return losses.masked_scatter_(targets != IGNORE_INDEX, supervised)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        needs = {"need_hidden": need_hidden, "need_weight": need_weight, "dtype": ctx.dtype, "counts": grad_losses}
+        _, grad_hidden, grad_weight = _losses(hidden, weight, targets, ctx.vocab_size, ctx.chunk, **needs)
+        return grad_hidden, grad_weight, None, None, None
+
+
+def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def _losses(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     vocab_size: int,
     chunk: int | None,
-    need_hidden: bool,
-    need_weight: bool,
+    *,
+    need_hidden: bool = False,
+    need_weight: bool = False,
+    dtype: torch.dtype | None = None,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss, and where needed its gradient in `hidden` (N, C) and in `weight` (V, C)."""
+    """The losses of the S supervised positions (S,); where needed, gradients in `hidden` (N, C) and `weight` (V, C).
+
+    The gradients are those of the sum of the losses, or of the sum of `counts` (N,) times them.
+    """
     device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    dtype = dtype or _matmul_dtype(hidden, weight)
     table = weight.detach().to(dtype)  # (V, C)
     rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # (S,) the supervised positions
     step = min(chunk or chunk_rows(weight.size(0), device), max(1, len(rows)))
@@ -85,14 +133,17 @@ def _loss_and_gradients(
             if not (need_hidden or need_weight):
                 continue
             # The gradient in the logits: the probabilities, less 1 at the target.
-            delta = scores.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=exact)).to(dtype)
+            delta = scores.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=exact))
+            if counts is not None:
+                delta = delta.mul_(counts[piece].unsqueeze(1))
+            delta = delta.to(dtype)
             if grad_hidden is not None:
                 grad_hidden.index_copy_(0, piece, (delta @ table).to(hidden.dtype))
             if need_weight:
                 grad_weight = _add_outer(grad_weight, delta, x)
     if need_weight:
         grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
-    return nll.sum(), grad_hidden, grad_weight
+    return nll, grad_hidden, grad_weight
 
 
 def _log_softmax(x: Tensor, table: Tensor, vocab_size: int, out: Tensor) -> Tensor:

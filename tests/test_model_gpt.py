@@ -336,3 +336,16 @@ def test_a_compiled_training_step_gives_the_same_loss_and_gradients(config):
     for name, g in gradients.items():
         torch.testing.assert_close(gradients_compiled[name], g, atol=1e-4, rtol=1e-4)
     assert list(model.state_dict()) == list(build(config).state_dict())
+
+
+@FAMILIES
+def test_losses_of_positions_at_a_temperature_are_those_of_its_logits(config):
+    model = build(config)
+    idx, targets = batch(config)
+    for temperature in (1.0, 0.7):
+        losses = model(idx, targets, reduction="none", temperature=temperature)
+        logits = model(idx)[..., : config.vocab_size] / temperature
+        wanted = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        torch.testing.assert_close(losses, wanted)
+        ours, theirs = (torch.autograd.grad((each**2).sum(), list(model.parameters())) for each in (losses, wanted))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

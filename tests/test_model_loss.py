@@ -1,4 +1,4 @@
-"""linear_cross_entropy_sum against torch's cross entropy: values, gradients, and the work it must not do."""
+"""linear_cross_entropy_sum and _each against torch's cross entropy: values, gradients, and the work it must not do."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model.loss
-from model.loss import chunk_rows, linear_cross_entropy_sum
+from model.loss import chunk_rows, linear_cross_entropy_each, linear_cross_entropy_sum
 
 
 def inputs(N=13, C=8, V=24, vocab_size=19, masked=0.3, dtype=torch.float32, seed=0):
@@ -179,3 +179,54 @@ def test_chunk_is_64_mb_of_logits_on_cpu_and_never_tiny():
     assert chunk_rows(50_304, "cpu") * 50_304 * 4 == pytest.approx(64 * 2**20, rel=0.01)
     assert chunk_rows(50_304, "cuda") > chunk_rows(50_304, "cpu")
     assert chunk_rows(10**6, "cpu") == 128
+
+
+# ---- one loss a position
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    N=st.integers(1, 40),
+    padding=st.integers(0, 9),
+    chunk=st.one_of(st.none(), st.integers(1, 50)),
+    masked=st.sampled_from([0.0, 0.5, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_each_position_counts_what_it_is_multiplied_by(N, padding, chunk, masked, seed):
+    hidden, weight, targets = inputs(N, 5, 11 + padding, 11, masked, torch.float64, seed)
+    counts = torch.randn(N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    losses = linear_cross_entropy_each(hidden, weight, targets, 11, chunk)
+    wanted = F.cross_entropy(hidden @ weight[:11].t(), targets, reduction="none")
+    torch.testing.assert_close(losses, wanted, rtol=1e-12, atol=1e-12)
+    # A curved function of the losses: what a position counts depends on all of them, as in a preference loss.
+    ours, theirs = ((counts * each).sum().tanh() + (each**2).sum() for each in (losses, wanted))
+    torch.testing.assert_close(gradients(ours, hidden, weight), gradients(theirs, hidden, weight))
+
+
+def test_each_meets_supervised_rows_only_a_chunk_at_a_time_twice(monkeypatch):
+    hidden, weight, targets = inputs(N=30, masked=0.5)
+    rows = spy(monkeypatch, "_log_softmax")
+    losses = linear_cross_entropy_each(hidden, weight, targets, 19, chunk=4)
+    assert sum(rows) == (targets != -100).sum() < 30
+    losses.sum().backward()
+    assert sum(rows) == 2 * (targets != -100).sum() and max(rows) == 4
+
+
+def test_each_honours_autocast_in_backward_too():
+    hidden, weight, targets = inputs(N=200, masked=0.2)
+    wanted = gradients(reference(hidden, weight, targets, 19), hidden, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = linear_cross_entropy_each(hidden, weight, targets, 19, chunk=64)
+        summed = linear_cross_entropy_sum(hidden, weight, targets, 19, chunk=64)
+    assert losses.dtype == torch.float32 and losses.sum().item() == pytest.approx(summed.item(), rel=1e-6)
+    for mine, other, exact in zip(gradients(losses.sum(), hidden, weight), gradients(summed, hidden, weight), wanted):
+        torch.testing.assert_close(mine, other)
+        assert 1e-5 < (mine - exact).norm() / exact.norm() < 2e-2
+
+
+def test_each_leaves_a_frozen_weight_alone(monkeypatch):
+    hidden, weight, targets = inputs()
+    outer = spy(monkeypatch, "_add_outer")
+    linear_cross_entropy_each(hidden, weight.detach(), targets, 19).sum().backward()
+    assert not outer
+    torch.testing.assert_close(hidden.grad, gradients(reference(hidden, weight, targets, 19), hidden)[0])
