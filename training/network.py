@@ -10,16 +10,13 @@ import torch
 
 from data.shards import TokenSet
 from formats.adapter import adapter_entry, base_entry, check_base, is_adapter, put_on
-from formats.checkpoint import load_checkpoint
-from formats.open_model import build_model
-from model.adapters import AdapterSettings
+from formats.open_model import build_model, load_payload
 from model.config import GPTConfig, preset
 from model.gpt import GPT
 from model.lora import LoraSettings, lr_multipliers
-from model.prompt_methods import PrefixSettings, PTuningSettings
-from model.tuning import METHODS, FreezeSettings, QLoraSettings, apply_method
+from model.tuning import METHODS, QLoraSettings, apply_method, settings_from_dict
 from training.run_folder import Say
-from training.run_settings import FinetuneSettings, RunSettings
+from training.run_settings import METHOD_FLAGS, FinetuneSettings, RunSettings
 from training.settings import is_explicit
 from training.start import Start
 
@@ -39,8 +36,9 @@ def build_network(settings: RunSettings, start: Start, train_set: TokenSet, fold
     about: dict[str, Any] = {"config": model.config.to_dict()}
     lr_scales: dict[str, float] = {}
     if isinstance(settings, FinetuneSettings):
-        about |= _tune(model, settings, start, folder, say)
-        lr_scales = learning_rate_scales(model, settings)
+        entries, chosen = _tune(model, settings, start, folder, say)
+        about |= entries
+        lr_scales = learning_rate_scales(model, settings.finetune_method, chosen, settings.layer_lr_decay)
     model.gradient_checkpointing = settings.gradient_checkpointing
     return Network(model, about, lr_scales)
 
@@ -93,95 +91,128 @@ def _check_same_shape(settings: RunSettings, model: GPT, train_set: TokenSet, pa
 # -- methods of fine-tuning ----------------------------------------------------------------------------------------
 
 
+# What the settings of the methods call the flags.
+_FIELDS = {
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_target_modules": "targets",
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+    "lora_init": "start",
+    "lora_plus_ratio": "lr_ratio",
+    "quantization": "quantization",
+    "adapter_dim": "dim",
+    "adapter_dropout": "dropout",
+    "adapter_placement": "placement",
+    "prefix_length": "length",
+    "prefix_hidden": "hidden",
+    "p_tuning_encoder": "encoder",
+    "train_layers": "n_layer",
+}
+
+
 def chosen_method(settings: FinetuneSettings) -> Any:
     """What `--finetune_method` takes from the flags, as the settings that its module checks."""
-    lora = LoraSettings(
-        rank=settings.lora_r,
-        alpha=settings.lora_alpha,
-        dropout=settings.lora_dropout,
-        targets=tuple(name for entry in settings.lora_target_modules for name in entry.split(",") if name),
-        rslora=settings.use_rslora,
-        dora=settings.use_dora,
-        start=settings.lora_init,
-        lr_ratio=settings.lora_plus_ratio,
-    )
-    chosen: dict[str, Any] = {
-        "freeze": lambda: FreezeSettings(n_layer=settings.train_layers),
-        "lora": lambda: lora,
-        "qlora": lambda: QLoraSettings(lora=lora, quantization=settings.quantization),
-        "adapter": lambda: AdapterSettings(
-            dim=settings.adapter_dim, dropout=settings.adapter_dropout, placement=settings.adapter_placement
-        ),
-        "prefix": lambda: PrefixSettings(length=settings.prefix_length, hidden=settings.prefix_hidden),
-        "p_tuning": lambda: PTuningSettings(
-            length=settings.prefix_length, encoder=settings.p_tuning_encoder, hidden=settings.prefix_hidden
-        ),
-    }
     method = settings.finetune_method
-    return chosen[method]() if method in chosen else METHODS[method].settings()
+    values = {_FIELDS[flag]: getattr(settings, flag) for flag in METHOD_FLAGS[method] if flag in _FIELDS}
+    if "targets" in values:
+        values["targets"] = tuple(name for entry in values["targets"] for name in entry.split(",") if name)
+    if method == "qlora":
+        return QLoraSettings(quantization=values.pop("quantization"), lora=LoraSettings(**values))
+    return METHODS[method].settings(**values)
 
 
-def _tune(model: GPT, settings: FinetuneSettings, start: Start, folder: Path, say: Say) -> dict[str, Any]:
-    """Makes the model ready for the run's method, in place; returns the entries of its checkpoints."""
-    method, wanted = settings.finetune_method, chosen_method(settings)
-    if start.resumes and start.payload is not None and is_adapter(start.payload):
-        _check_same_method(start, method, wanted)
-        return {key: start.payload[key] for key in ("adapter", "base")}
+def _tune(model: GPT, settings: FinetuneSettings, start: Start, folder: Path, say: Say) -> tuple[dict[str, Any], Any]:
+    """Makes the model ready for the run's method, in place; its entries of checkpoints, and the method's settings."""
+    method = settings.finetune_method
+    if start.resumes:
+        _check_resumed_method(settings, start)
+        if METHODS[method].adapts:  # the adapter was put on with its base
+            assert start.payload is not None and start.path is not None
+            wanted = _adapter_settings(settings, start.payload["adapter"], start.path)
+            return {key: start.payload[key] for key in ("adapter", "base")}, wanted
     if settings.adapter is not None:
         return _go_on_with_adapter(model, settings, start, folder, say)
     if METHODS[method].adapts and start.payload is None:
         raise ValueError(f"--finetune_method {method} needs a base: name one with --pretrained_checkpoint")
+    wanted = chosen_method(settings)
     torch.manual_seed(settings.seed)  # A, prefixes and encoders start at random
     apply_method(model, method, wanted)
     if not METHODS[method].adapts:
-        return {}
+        return {}, wanted
     assert start.payload is not None
     base = base_entry(start.payload, settings.pretrained_checkpoint, folder)
-    return {"adapter": adapter_entry(method, wanted), "base": base}
+    return {"adapter": adapter_entry(method, wanted), "base": base}, wanted
 
 
-def _check_same_method(start: Start, method: str, wanted: Any) -> None:
-    """A resumed run keeps the shape of its adapter."""
+def _check_resumed_method(settings: FinetuneSettings, start: Start) -> None:
+    """A resumed run keeps its method: what trains and what its optimizer holds follow from it."""
     assert start.payload is not None
-    saved, asked = start.payload["adapter"], adapter_entry(method, wanted)
-    if saved != asked:
+    saved = start.payload.get("settings", {}).get("finetune_method", settings.finetune_method)
+    if saved != settings.finetune_method:
         raise ValueError(
-            f"{start.path} holds the adapter {saved['method']} {saved['settings']}, the flags ask for {method} "
-            f"{asked['settings']}: resume with the settings it was trained with, or use another --log_dir"
+            f"{start.path} is of a run with --finetune_method {saved}, the flags ask for {settings.finetune_method}: "
+            "leave the flag out to go on, or start a new run from its result with --pretrained_checkpoint"
         )
 
 
-def _go_on_with_adapter(model: GPT, settings: FinetuneSettings, start: Start, folder: Path, say: Say) -> dict[str, Any]:
+def _adapter_settings(settings: FinetuneSettings, entry: dict[str, Any], path: Path) -> Any:
+    """The settings of the adapter in `path`; ValueError where a flag asks for another than it has."""
+    method = settings.finetune_method
+    if entry["method"] != method:
+        raise ValueError(f"{path}: was trained by {entry['method']}: add --finetune_method {entry['method']}")
+    saved, asked = settings_from_dict(method, entry["settings"]), chosen_method(settings)
+    for flag in METHOD_FLAGS[method]:
+        has, wants = (_field(method_settings, _FIELDS[flag]) for method_settings in (saved, asked))
+        if is_explicit(settings, flag) and has != wants:
+            raise ValueError(
+                f"{path} holds a {method} with {flag} {has}, --{flag} asks for {wants}: leave the flag out to go on "
+                "with what it has, or start anew from its base in another --log_dir"
+            )
+    return saved
+
+
+def _field(method_settings: Any, name: str) -> Any:
+    """A value of a method's settings, those of LoRA within QLoRA included."""
+    inner = getattr(method_settings, "lora", None)
+    return getattr(inner if hasattr(inner, name) else method_settings, name)
+
+
+def _go_on_with_adapter(
+    model: GPT, settings: FinetuneSettings, start: Start, folder: Path, say: Say
+) -> tuple[dict[str, Any], Any]:
     """`--adapter`: a new run that starts from a trained adapter, with the method and sizes that it has."""
     path = Path(str(settings.adapter))
-    payload = load_checkpoint(path)
+    payload = load_payload(path, base_model=settings.pretrained_checkpoint)
     if not is_adapter(payload):
         raise ValueError(f"--adapter {path}: is a whole model, not an adapter: give it to --pretrained_checkpoint")
     if start.payload is None:
         raise ValueError(f"--adapter {path}: its base is needed too: name it with --pretrained_checkpoint")
     check_base(payload, path, start.payload, settings.pretrained_checkpoint)
     entry = payload["adapter"]
-    if entry["method"] != settings.finetune_method:
-        raise ValueError(f"--adapter {path}: was trained by {entry['method']}: add --finetune_method {entry['method']}")
+    wanted = _adapter_settings(settings, entry, path)
     say(f"{path}: going on with its {entry['method']} {entry['settings']}")
     put_on(model, payload, path)
-    return {"adapter": entry, "base": base_entry(start.payload, settings.pretrained_checkpoint, folder)}
+    return {"adapter": entry, "base": base_entry(start.payload, settings.pretrained_checkpoint, folder)}, wanted
 
 
-def learning_rate_scales(model: GPT, settings: FinetuneSettings) -> dict[str, float]:
+def learning_rate_scales(model: GPT, method: str, chosen: Any, layer_lr_decay: float) -> dict[str, float]:
     """By parameter, what its learning rate is multiplied by; parameters that are not named have 1.
 
     LoRA+ raises the rate of each B. Progressive unfreezing lowers it by `layer_lr_decay` from each layer to the one
     below it (discriminative fine-tuning, Howard & Ruder 2018); embeddings come below the first layer.
     """
-    if settings.finetune_method in ("lora", "qlora"):
-        return lr_multipliers(model, LoraSettings(lr_ratio=settings.lora_plus_ratio))
-    if settings.finetune_method != "progressive":
+    if method in ("lora", "qlora"):
+        return lr_multipliers(model, chosen.lora if method == "qlora" else chosen)
+    if method != "progressive":
         return {}
+    if not 0 < layer_lr_decay <= 1:
+        raise ValueError(f"--layer_lr_decay {layer_lr_decay}: expected more than 0 and at most 1")
     top = model.config.n_layer - 1
     scales = {}
     for name, _ in model.named_parameters():
         parts = name.split(".")
         below = top - int(parts[1]) if parts[0] == "h" else top + 1 if parts[0] in ("wte", "wpe") else 0
-        scales[name] = settings.layer_lr_decay**below
+        scales[name] = layer_lr_decay**below
     return scales

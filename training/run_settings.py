@@ -215,6 +215,20 @@ class FinetuneSettings(RunSettings):
     """Steps between full checkpoints, or `epoch`; the last step is always saved. 0 = only the last."""
 
 
+_LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora", "lora_init")
+_LORA_FLAGS += ("lora_plus_ratio",)
+# The settings that belong to one method or a few; given beside another method they would do nothing.
+METHOD_FLAGS: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "progressive": ("unfreeze_stages", "layer_lr_decay"),
+    "freeze": ("train_layers",),
+    "lora": _LORA_FLAGS,
+    "qlora": (*_LORA_FLAGS, "quantization"),
+    "adapter": ("adapter_dim", "adapter_dropout", "adapter_placement"),
+    "prefix": ("prefix_length", "prefix_hidden"),
+    "p_tuning": ("prefix_length", "prefix_hidden", "p_tuning_encoder"),
+}
+
 # What a method changes in finetune_dolly.py's defaults; anything set explicitly wins. Few parameters, which start at or
 # near nothing, want a larger rate than a whole pretrained network.
 METHOD_DEFAULTS: dict[str, dict[str, float]] = {

@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import TypeVar
 
-from training.run_settings import RunSettings
+from training.run_settings import METHOD_FLAGS, FinetuneSettings, RunSettings
 from training.schedule import Schedule
-from training.settings import is_explicit
+from training.settings import is_explicit, to_dict
 
 R = TypeVar("R", bound=RunSettings)
 
@@ -97,6 +97,8 @@ def plan_steps(settings: RunSettings, block_size: int, windows_per_epoch: int, w
 def check_settings(settings: RunSettings) -> None:
     """Raises ValueError for settings that conflict, and for the first number that makes no sense."""
     _refuse_conflicts(settings)
+    if isinstance(settings, FinetuneSettings):
+        _refuse_idle_flags(settings)
     whole = ("batch_size", "block_size", "total_batch_size", "max_steps", "sample_tokens")
     for name in (*whole, "grad_accum_steps", "log_interval", "eval_batch_size", "max_samples"):
         value = getattr(settings, name)
@@ -115,6 +117,19 @@ def _refuse_conflicts(settings: RunSettings) -> None:
     for one, other in settings.STANDS_FOR.items():
         if is_explicit(settings, one) and getattr(settings, one) is not None and is_explicit(settings, other):
             raise ValueError(f"--{one} and --{other} are both set: give one of them")
+
+
+def _refuse_idle_flags(settings: FinetuneSettings) -> None:
+    """A setting of another method than the run's would do nothing: `--lora_r 16` without `--finetune_method lora`."""
+    own = METHOD_FLAGS[settings.finetune_method]
+    defaults = to_dict(FinetuneSettings())
+    for name in (flag for flags in METHOD_FLAGS.values() for flag in flags if flag not in own):
+        value = to_dict(settings)[name]
+        if is_explicit(settings, name) and value != defaults[name]:  # config.yaml names them all
+            users = " or ".join(method for method, flags in METHOD_FLAGS.items() if name in flags)
+            raise ValueError(
+                f"--{name} {value} does nothing with --finetune_method {settings.finetune_method}: it is for {users}"
+            )
 
 
 def _accumulation(settings: RunSettings, block_size: int, world_size: int) -> int:
