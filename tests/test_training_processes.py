@@ -21,7 +21,7 @@ from tests.full_checkpoints import same
 from tests.runs import log, losses, records, spied_batches, status, steps_on_disk, tune, weights
 from tests.tiny import BYTES, record_set, text_set
 from tests.tiny_checkpoints import tiny_model
-from tests.two_processes import STEP
+from tests.two_processes import LORA, PROGRESSIVE, STEP
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,6 +74,24 @@ def test_two_processes_equal_one(launched: Path, tmp_path: Path) -> None:
     for name, tensor in weights(tmp_path, 5).items():
         torch.testing.assert_close(weights(folder, 5)[name], tensor, rtol=1e-3, atol=1e-4)
     assert both[0]["summary"]["val_loss"] == both[1]["summary"]["val_loss"] == pytest.approx(one["val_loss"], rel=2e-6)
+
+
+@pytest.mark.parametrize(("name", "method"), [("lora", LORA), ("progressive", PROGRESSIVE)])
+def test_two_processes_equal_one_where_a_part_trains(
+    launched: Path, tmp_path: Path, name: str, method: dict[str, Any]
+) -> None:
+    tune(launched / "records", tmp_path, launched / "model.pt", **STEP, **method)
+    folder = launched / name
+    assert losses(folder) == pytest.approx(losses(tmp_path), rel=2e-6) and len(set(losses(folder))) == 6
+    norms = [[record["grad_norm"] for record in records(at)] for at in (folder, tmp_path)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    one, two = weights(tmp_path, 5), weights(folder, 5)
+    assert set(one) == set(two) and all("lora" in key for key in one) == (name == "lora")
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=1e-4)
+    unchanged = [key for key, tensor in load_checkpoint(launched / "model.pt")["model"].items()
+                 if key in one and torch.equal(tensor, one[key])]  # fmt: skip
+    assert not unchanged, "every layer has joined by the end"
 
 
 def test_the_checkpoint_is_one_file_with_a_random_state_for_each(launched: Path) -> None:

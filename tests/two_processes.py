@@ -36,6 +36,21 @@ def plain(folder: Path) -> dict[str, Any]:
     return tune(folder / "records", folder / "plain", folder / "model.pt", **{**STEP, "eval_interval": 2})
 
 
+# Dropout off, LoRA's too: each process would draw its own.
+LORA: dict[str, Any] = {"finetune_method": "lora", "lora_r": 4, "lora_dropout": 0.0, "use_dora": True}
+PROGRESSIVE: dict[str, Any] = {"finetune_method": "progressive", "unfreeze_stages": 2, "layer_lr_decay": 0.5}
+
+
+def lora(folder: Path) -> dict[str, Any]:
+    """A fine-tuning of few parameters: the rest is not in the gradients that travel."""
+    return tune(folder / "records", folder / "lora", folder / "model.pt", **{**STEP, **LORA})
+
+
+def progressive(folder: Path) -> dict[str, Any]:
+    """Half of the layers join in the middle of the run: from then on their gradients must travel too."""
+    return tune(folder / "records", folder / "progressive", folder / "model.pt", **{**STEP, **PROGRESSIVE})
+
+
 def dropout(folder: Path) -> dict[str, Any]:
     """With dropout: each process has random states of its own."""
     return train(folder / "text", folder / "dropout", **{**STEP, "dropout": 0.1})
@@ -104,7 +119,7 @@ if __name__ == "__main__":
     where = Path(sys.argv[1])
     # One process group serves all runs: the store of torchrun does not take a second one.
     with mock.patch("training.launch.close_distributed", lambda here: None):
-        for case in (plain, dropout, nan, skip, full_disk):
+        for case in (plain, lora, progressive, dropout, nan, skip, full_disk):
             seen = observed(case, where)
             (where / f"{case.__name__}-{RANK}.json").write_text(json.dumps(seen))
     torch.distributed.destroy_process_group()
