@@ -10,16 +10,33 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
+from data.answer_windows import PairWindows, PromptWindows
 from data.order import permute
 from data.shards import TokenSet
-from data.windows import IGNORED, RecordWindows, TextWindows, cut_windows
+from data.windows import IGNORED, Prompt, RecordWindows, Rows, TextWindows
 
-__all__ = ["IGNORED", "Batch", "Loader", "eval_batches"]
+__all__ = ["IGNORED", "Batch", "Loader", "Unit", "eval_batches"]
+
+Unit = Literal["window", "pair", "prompt"]
+
+
+class Windows(Protocol):
+    """The samples of a set: how many there are, and the arrays of some of them."""
+
+    count: int
+    packing: bool
+    truncated: int
+    dropped: int
+    fill: float
+
+    def rows(self, windows: Sequence[int]) -> Rows: ...
+
+    def describe(self) -> str: ...
 
 
 @dataclass
@@ -27,7 +44,8 @@ class Batch:
     """A micro-batch. `targets` holds -100 where a slot is not trained on.
 
     `positions` and `doc_ids` are there for packed rows only: positions begin again at 0 with every record, doc_ids
-    number the records of a row from 0, and padding has doc id -1.
+    number the records of a row from 0, and padding has doc id -1. A batch of pairs has two rows a sample, the chosen
+    answer's first. A batch of prompts has the `prompts`, and arrays (B, 0).
     """
 
     inputs: torch.Tensor  # (B, T) int64
@@ -35,6 +53,7 @@ class Batch:
     positions: torch.Tensor | None  # (B, T) int64
     doc_ids: torch.Tensor | None  # (B, T) int64
     samples: list[int]  # (B,) global sample numbers
+    prompts: list[Prompt] | None = None
 
     @property
     def supervised(self) -> int:
@@ -48,21 +67,22 @@ class Batch:
             return None if tensor is None else tensor.to(device, non_blocking=True)
 
         inputs, targets = self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True)
-        return Batch(inputs, targets, move(self.positions), move(self.doc_ids), self.samples)
+        return Batch(inputs, targets, move(self.positions), move(self.doc_ids), self.samples, self.prompts)
 
 
-def _make_batch(cut: TextWindows | RecordWindows, windows: Sequence[int], samples: Sequence[int]) -> Batch:
+def _make_batch(cut: Windows, windows: Sequence[int], samples: Sequence[int]) -> Batch:
     rows = cut.rows(windows)
     positions = None if rows.positions is None else torch.from_numpy(rows.positions)
     doc_ids = None if rows.doc_ids is None else torch.from_numpy(rows.doc_ids)
-    return Batch(torch.from_numpy(rows.inputs), torch.from_numpy(rows.targets), positions, doc_ids, list(samples))
+    inputs, targets = torch.from_numpy(rows.inputs), torch.from_numpy(rows.targets)
+    return Batch(inputs, targets, positions, doc_ids, list(samples), rows.prompts)
 
 
 @dataclass(frozen=True)
 class _Plan:
     """What makes a batch from sample numbers. Kept apart from the Loader, so that its thread does not keep it alive."""
 
-    cut: TextWindows | RecordWindows
+    cut: Windows
     seed: int
     shuffle: bool
 
@@ -140,12 +160,13 @@ class Loader:
 
     Args:
         tokens: what `open_dataset` gave.
-        batch_size: rows of a micro-batch on one rank. block_size: slots of a row.
+        batch_size: samples of a micro-batch on one rank. block_size: slots of a row, tokens of a prompt.
         seed: of the order of windows, and of the packing.
         rank, world_size: this process and how many there are; they decide who gets which samples, never their order.
         shuffle: False goes through the windows as they stand in the set.
         packing: several records a row (instruction sets only).
         max_samples: use the first records (windows, for text) of the set only.
+        unit: what a sample is: a window, a pair of answers, or a prompt; see `cut_windows`.
 
     `truncated` records are cut at block_size, `dropped` ones have nothing supervised and are left out, `fill` is the
     share of slots in use. Raises ValueError on settings that cannot work. `close` ends the prefetching thread.
@@ -163,9 +184,11 @@ class Loader:
         shuffle: bool = True,
         packing: bool = True,
         max_samples: int | None = None,
+        unit: Unit = "window",
     ) -> None:
         _check_shares(batch_size, rank, world_size)
-        cut = cut_windows(tokens, block_size=block_size, packing=packing, max_samples=max_samples, seed=seed)
+        sizes: dict[str, Any] = {"block_size": block_size, "max_samples": max_samples}
+        cut = cut_windows(tokens, unit, packing=packing, seed=seed, **sizes)
         self.tokens, self.batch_size, self.rank, self.world_size = tokens, batch_size, rank, world_size
         self.n_windows, self.truncated, self.dropped, self.fill = cut.count, cut.truncated, cut.dropped, cut.fill
         self._plan = _Plan(cut, seed, shuffle)
@@ -257,6 +280,7 @@ def eval_batches(
     rank: int,
     world_size: int,
     packing: bool = True,
+    unit: Unit = "window",
 ) -> Iterator[Batch]:
     """This rank's share of a fixed evaluation: all windows, or `max_windows` spread evenly over the set, in order.
 
@@ -266,7 +290,7 @@ def eval_batches(
     _check_shares(batch_size, rank, world_size)
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"windows to evaluate: {max_windows}, expected at least 1")
-    cut = cut_windows(tokens, block_size=block_size, packing=packing, max_samples=None, seed=0)
+    cut = cut_windows(tokens, unit, block_size=block_size, packing=packing, max_samples=None, seed=0)
     chosen = cut.count if max_windows is None else min(max_windows, cut.count)
 
     def batches() -> Iterator[Batch]:
@@ -276,6 +300,27 @@ def eval_batches(
             yield _make_batch(cut, windows, windows)
 
     return batches()
+
+
+def cut_windows(
+    tokens: TokenSet, unit: Unit, *, block_size: int, packing: bool, max_samples: int | None, seed: int
+) -> Windows:
+    """The samples of a token set.
+
+    A window is a record of a set that has such, or a part of the stream of text (where packing means nothing). Pairs
+    and prompts are rows of one sequence each.
+    """
+    if block_size < 1:
+        raise ValueError(f"--block_size is {block_size}, expected at least 1 token")
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"--max_samples is {max_samples}, expected at least 1")
+    if unit == "pair":
+        return PairWindows(tokens, block_size, max_samples)
+    if unit == "prompt":
+        return PromptWindows(tokens, block_size, max_samples)
+    if tokens.meta["kind"] != "text":
+        return RecordWindows(tokens, block_size, packing, max_samples, seed)
+    return TextWindows(tokens, block_size, max_samples)
 
 
 def _check_shares(batch_size: int, rank: int, world_size: int) -> None:

@@ -85,7 +85,7 @@ def check_manifest(meta: Any, path: Path) -> None:
     found = _field(meta, "format", int, path)
     if found != FORMAT:
         raise damaged(path, f"has format {reprlib.repr(found)}, this program reads format {FORMAT}")
-    _one_of(meta, "kind", ("text", "instruction"), path)
+    _one_of(meta, "kind", ("text", "instruction", "preference", "prompts"), path)
     _one_of(meta, "dtype", tuple(DTYPE_LIMITS), path)
     _within(meta, "vocab_size", 1, DTYPE_LIMITS[meta["dtype"]], path)
     _within(meta, "eot_id", 0, meta["vocab_size"] - 1, path)
@@ -104,7 +104,10 @@ def check_manifest(meta: Any, path: Path) -> None:
     if not meta["splits"]:
         raise damaged(path, "splits is empty, expected at least one of train and val")
     for split, entry in meta["splits"].items():
-        _check_split(entry, path, f"splits.{reprlib.repr(split)[1:-1]}")
+        where = f"splits.{reprlib.repr(split)[1:-1]}"
+        _check_split(entry, path, where)
+        if meta["kind"] == "preference" and entry["documents"] % 2:
+            raise damaged(path, f"{where}.documents is {entry['documents']:,}, expected an even number: they are pairs")
 
 
 def _check_split(entry: Any, path: Path, where: str) -> None:

@@ -6,6 +6,7 @@ L tokens takes L - 1 slots.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,13 @@ IGNORED = -100  # the target of a slot that is not trained on
 _BLOCK = 4 << 20  # mask values that are looked at at a time
 
 
+class Prompt(NamedTuple):
+    """A prompt to be answered, and the answer that its record has, if any: token ids."""
+
+    ids: list[int]
+    reference: list[int]
+
+
 @dataclass
 class Rows:
     """Arrays of a batch: (B, T) int64 each. `positions` and `doc_ids` (-1 = padding) only where rows are packed."""
@@ -24,6 +32,7 @@ class Rows:
     targets: np.ndarray
     positions: np.ndarray | None = None
     doc_ids: np.ndarray | None = None
+    prompts: list[Prompt] | None = None
 
 
 class TextWindows:
@@ -38,16 +47,16 @@ class TextWindows:
         if tokens.n_tokens < 2:
             raise ValueError(f"{tokens.folder}: split {tokens.split} has 1 token, expected 2 at least; use more text")
         self.tokens, self.block_size = tokens, block_size
-        self.count = _at_most(-(-(tokens.n_tokens - 1) // block_size), max_samples)
+        self.count = at_most(-(-(tokens.n_tokens - 1) // block_size), max_samples)
         self.truncated = self.dropped = 0
         self.fill = min(1.0, (tokens.n_tokens - 1) / (self.count * block_size))
 
     def rows(self, windows: Sequence[int]) -> Rows:
         """The windows of these numbers as arrays (B, block_size)."""
-        rows = _blank(len(windows), self.block_size, self.tokens.meta["eot_id"])
+        rows = blank_rows(len(windows), self.block_size, self.tokens.meta["eot_id"])
         for row, window in enumerate(windows):
             start = window * self.block_size
-            _fill(rows, row, 0, self.tokens, start, min(start + self.block_size + 1, self.tokens.n_tokens))
+            fill_row(rows, row, 0, self.tokens, start, min(start + self.block_size + 1, self.tokens.n_tokens))
         return rows
 
     def describe(self) -> str:
@@ -63,7 +72,7 @@ class RecordWindows:
 
     def __init__(self, tokens: TokenSet, block_size: int, packing: bool, max_samples: int | None, seed: int) -> None:
         self.tokens, self.block_size, self.packing = tokens, block_size, packing
-        bounds = tokens.document_starts[: _at_most(tokens.n_documents, max_samples) + 1]  # (records + 1,)
+        bounds = tokens.document_starts[: at_most(tokens.n_documents, max_samples) + 1]  # (records + 1,)
         needed = np.diff(bounds) - 1
         slots = np.minimum(needed, block_size)
         kept = supervised_counts(tokens, bounds[:-1], slots) > 0
@@ -87,11 +96,11 @@ class RecordWindows:
         if not self.packing:
             width = int(self._slots[list(windows)].max())
             width = min(-(-width // 8) * 8, self.block_size)  # few different widths: compiled kernels are used again
-            rows = _blank(len(windows), width, self.tokens.meta["eot_id"])
+            rows = blank_rows(len(windows), width, self.tokens.meta["eot_id"])
             for row, record in enumerate(windows):
                 self._fill_record(rows, row, 0, record)
             return rows
-        rows = _blank(len(windows), self.block_size, self.tokens.meta["eot_id"])
+        rows = blank_rows(len(windows), self.block_size, self.tokens.meta["eot_id"])
         rows.positions = np.zeros_like(rows.inputs)
         rows.doc_ids = np.full_like(rows.inputs, -1)
         for row, window in enumerate(windows):
@@ -112,20 +121,7 @@ class RecordWindows:
 
     def _fill_record(self, rows: Rows, row: int, begin: int, record: int) -> int:
         start = int(self._starts[record])
-        return _fill(rows, row, begin, self.tokens, start, start + int(self._slots[record]) + 1)
-
-
-def cut_windows(
-    tokens: TokenSet, *, block_size: int, packing: bool, max_samples: int | None, seed: int
-) -> TextWindows | RecordWindows:
-    """The windows of a token set: records for instructions, the stream for text (where packing means nothing)."""
-    if block_size < 1:
-        raise ValueError(f"--block_size is {block_size}, expected at least 1 token")
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"--max_samples is {max_samples}, expected at least 1")
-    if tokens.meta["kind"] == "instruction":
-        return RecordWindows(tokens, block_size, packing, max_samples, seed)
-    return TextWindows(tokens, block_size, max_samples)
+        return fill_row(rows, row, begin, self.tokens, start, start + int(self._slots[record]) + 1)
 
 
 def supervised_counts(tokens: TokenSet, starts: np.ndarray, slots: np.ndarray) -> np.ndarray:
@@ -145,16 +141,18 @@ def supervised_counts(tokens: TokenSet, starts: np.ndarray, slots: np.ndarray) -
     return counts
 
 
-def _at_most(count: int, limit: int | None) -> int:
+def at_most(count: int, limit: int | None) -> int:
+    """`count`, or the limit where there is one below it."""
     return count if limit is None else min(count, limit)
 
 
-def _blank(n_rows: int, width: int, eot_id: int) -> Rows:
+def blank_rows(n_rows: int, width: int, eot_id: int) -> Rows:
+    """Rows of nothing but padding, arrays (n_rows, width)."""
     shape = (n_rows, width)
     return Rows(np.full(shape, eot_id, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64))
 
 
-def _fill(rows: Rows, row: int, begin: int, tokens: TokenSet, start: int, stop: int) -> int:
+def fill_row(rows: Rows, row: int, begin: int, tokens: TokenSet, start: int, stop: int) -> int:
     """Write the slots that the tokens [start, stop) make into a row from slot `begin` on; returns how many they are."""
     ids = tokens.tokens(start, stop)
     end = begin + len(ids) - 1

@@ -150,8 +150,8 @@ class GPT(nn.Module):
         targets (B, T), -100 where nothing is supervised: returns the SUM of the cross entropy, an fp32 scalar in nats.
         positions (B, T) or (T,): where each token stands, if not 0..T-1. doc_ids (B, T): the record of each token in a
         packed row, -1 for padding; attention stays inside a record. cache: idx continues what it holds.
-        reduction: "none" returns the loss of each position (B, T) instead, 0 where nothing is supervised, of logits that
-        are divided by `temperature`.
+        reduction: "none" returns the loss of each position (B, T) instead, 0 where nothing is supervised, of logits
+        divided by `temperature`.
         logits_for: "all", "last", or one index per row (B,); the latter two return (B, 1, padded_vocab_size).
         """
         hidden, head = self.hidden(idx, positions=positions, doc_ids=doc_ids, cache=cache)
