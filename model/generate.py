@@ -23,8 +23,9 @@ class Decoding:
     top_k: int = 0  # only the k likeliest tokens; 0 = all
     top_p: float = 1.0  # of those, the likeliest that together reach this probability; at least one
     repetition_penalty: float = 1.0  # above 1: tokens already in the row become less likely (CTRL, Keskar et al. 2019)
-    seed: int = 0
+    seed: int | Sequence[int] = 0  # one for all rows, or one each
     stop_ids: Sequence[int] = ()  # a row ends before any of these
+    keep_stop: bool = False  # a row ends after the stop id, which is then its last
     use_cache: bool = True  # False: read the whole context again for each token; the same text, slower
 
     def __post_init__(self) -> None:
@@ -42,7 +43,7 @@ class Decoding:
 def generate(
     model: GPT, prompts: Sequence[Sequence[int]], *, on_token: Callable[[int, int], None] | None = None, **options: Any
 ) -> list[list[int]]:
-    """The new ids of each prompt, without the stop id; `options` are Decoding's fields.
+    """The new ids of each prompt, without the stop id unless `keep_stop`; `options` are Decoding's fields.
 
     `on_token(row, id)` is called for each id as it is chosen. A row's ids depend on the seed and its own prompt only,
     not on the other rows (up to rounding): vary the seed to draw from the same prompt again. Beyond the model's context
@@ -100,7 +101,9 @@ def _row_generator(seed: int, prompt: list[int]) -> torch.Generator:
 
 def _pairs(model: GPT, prompts: list[list[int]], how: Decoding) -> Iterator[tuple[int, int]]:
     """(row, id) in the order of choice. The model is in evaluation mode meanwhile (no dropout)."""
-    rows = [_Row(i, prompt, _row_generator(how.seed, prompt)) for i, prompt in enumerate(prompts)]
+    seeds = [how.seed] * len(prompts) if isinstance(how.seed, int) else how.seed
+    assert len(seeds) == len(prompts), f"{len(seeds)} seeds for {len(prompts)} prompts"
+    rows = [_Row(i, prompt, _row_generator(seeds[i], prompt)) for i, prompt in enumerate(prompts)]
     reader = _Reader(model, how)
     was_training = model.training
     model.eval()
@@ -113,6 +116,7 @@ def _pairs(model: GPT, prompts: list[list[int]], how: Decoding) -> Iterator[tupl
                 if token not in how.stop_ids:
                     row.ids.append(token)
                     alive.append(place)
+                if token not in how.stop_ids or how.keep_stop:
                     yield row.index, token
             if len(alive) < len(rows):
                 rows = [rows[place] for place in alive]

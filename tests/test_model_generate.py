@@ -279,3 +279,22 @@ def test_the_window_fits_and_moves_rarely(length, block_size):
 def test_cache_longer_than_the_context_is_refused():
     with pytest.raises(AssertionError):
         build(GPT2)(torch.tensor([[1]]), cache=KVCache(1, 33))
+
+
+def test_rows_of_one_prompt_differ_by_seeds_of_their_own():
+    model = build(GPT2)
+    seeds = [3, 4, 3, 11]
+    rows = generate(model, [[1, 2]] * 4, max_new_tokens=12, seed=seeds)
+    assert rows[0] == rows[2] != rows[1] and rows[3] not in rows[:2]
+    for seed, row in zip(seeds, rows):
+        assert generate(model, [[1, 2]], max_new_tokens=12, seed=seed) == [row]
+
+
+def test_a_kept_stop_is_the_last_id_of_the_rows_that_met_it():
+    model = build(GPT2)
+    how = {"max_new_tokens": 12, "seed": [1, 2, 3], "stop_ids": range(0, 97, 6)}
+    ended, kept = (generate(model, [[1, 2]] * 3, keep_stop=keep, **how) for keep in (False, True))
+    assert any(len(row) < 12 for row in ended)
+    for row, whole in zip(ended, kept):
+        assert whole[: len(row)] == row and len(whole) == min(12, len(row) + 1)
+        assert all(token % 6 == 0 for token in whole[len(row) :]) and not any(token % 6 == 0 for token in row)
