@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 from pathlib import Path
 
 from data.manifest import resolve_data_dir
-from data.settings import PrepareSettings
+from data.settings import PrepareSettings, is_jinja_file
+from data.templates import Template
 from data.tokenizer import Tokenizer
 
+_VERSION = 2  # of what `prepare` makes of a file; a larger one makes every cache anew
 
-def prepare_records_cache(records: str, prompt_template: str, tokenizer: Tokenizer) -> Path:
-    """The folder of shards for a JSONL or JSON of records; prepared unless these very bytes were before.
 
+def prepare_records_cache(
+    records: str,
+    prompt_template: str,
+    tokenizer: Tokenizer,
+    *,
+    template: Template | None = None,
+    format: str = "auto",
+    system: str | None = None,
+    train_on: str = "all",
+    max_length: int | None = None,
+    bad_records: str = "error",
+) -> Path:
+    """The folder of shards for a JSONL or JSON of records; prepared unless these very bytes were before, in this way.
+
+    `template` stands in for `prompt_template`, the others are settings of `prepare_data.py`. The set is of the kind
+    that the records are: pairs give a "preference" set, format "prompts" one of prompts.
     Raises FileNotFoundError or ValueError naming the file.
     """
     from data.prepare import prepare
@@ -20,18 +38,31 @@ def prepare_records_cache(records: str, prompt_template: str, tokenizer: Tokeniz
     path = Path(records)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of records")
-    digest = hashlib.sha256(f"{prompt_template} {tokenizer.fingerprint} ".encode())
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    folder = resolve_data_dir(f"cache-{path.stem}-{digest.hexdigest()[:12]}")
+    settings = PrepareSettings(
+        source="jsonl",
+        input=(str(path),),
+        prompt_template=prompt_template,
+        format=format,
+        system=system,
+        train_on=train_on,
+        max_length=max_length,
+        bad_records=bad_records,
+    )
+    folder = resolve_data_dir(f"cache-{path.stem}-{_digest(path, settings, tokenizer, template)[:12]}")
     if not (folder / "dataset.json").exists():
-        settings = PrepareSettings(
-            source="jsonl",
-            input=(str(path),),
-            data_dir=str(folder),
-            format="instruction",
-            prompt_template=prompt_template,
-        )
-        prepare(settings, tokenizer)
+        prepare(dataclasses.replace(settings, data_dir=str(folder)), tokenizer, template)
     return folder
+
+
+def _digest(path: Path, settings: PrepareSettings, tokenizer: Tokenizer, template: Template | None) -> str:
+    """SHA-256 over all that decides what the set holds: settings, vocabulary, template, the bytes of the files."""
+    values = {**dataclasses.asdict(settings), "input": None}  # the same records elsewhere are the same set
+    special = [tokenizer.fingerprint, tokenizer.eot_id, tokenizer.bos_id]
+    spec = template.spec() if template else None
+    digest = hashlib.sha256(json.dumps([_VERSION, values, special, spec], sort_keys=True).encode())
+    files = [path, Path(settings.prompt_template)] if is_jinja_file(settings.prompt_template) else [path]
+    for name in files:
+        with open(name, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

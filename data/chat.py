@@ -146,17 +146,19 @@ def render_conversation(
     template: Template,
     tokenizer: "Tokenizer",
     add_generation_prompt: bool = False,
+    supervised: slice = slice(None),
 ) -> tuple[list[int], list[int]]:
     """Ids of a conversation, and the loss mask of the same length: 1 where a token holds what the assistant wrote.
 
     That is each answer up to and with the token that ends its turn. add_generation_prompt: the assistant answers next.
+    supervised: which of the answers count, all by default; the mask of the others is 0.
     Raises ValueError for messages that are none, that the template refuses, or whose answers cannot be told apart.
     """
     from data.tokenizer_base import utf8
 
     checked = [{key: utf8(value) for key, value in message.items()} for message in check_messages(messages)]
     if isinstance(template, PromptTemplate):
-        return _render_turns(checked, template, tokenizer, add_generation_prompt)
+        return _render_turns(checked, template, tokenizer, add_generation_prompt, supervised)
     if _CONTEXT not in template.source:
         checked = [_context_in_content(message) for message in checked]
 
@@ -164,7 +166,18 @@ def render_conversation(
         return utf8(template.text(some, prompt, **variables))
 
     rendering = rendered(text, checked, tokenizer.special_names, add_generation_prompt, template.name, template.source)
-    return _encode(rendering, template, tokenizer)
+    return _encode(rendering, template, tokenizer, supervised)
+
+
+def conversation_text(messages: Sequence[Message], template: Template) -> str:
+    """The text around and in a conversation, for learning a vocabulary."""
+    if isinstance(template, ChatTemplate):
+        return template.text([_context_in_content(message) for message in messages])
+    parts = []
+    for message in messages:
+        record = {"instruction": message["content"], "context": message.get("context", "")}
+        parts.append(template.prompt(record) if message["role"] == "user" else message["content"])
+    return "".join(parts)
 
 
 def stop_ids(template: Template | None, tokenizer: "Tokenizer") -> tuple[int, ...]:
@@ -211,7 +224,11 @@ def _context_in_content(message: Message) -> Message:
 
 
 def _render_turns(
-    messages: list[Message], template: PromptTemplate, tokenizer: "Tokenizer", add_generation_prompt: bool
+    messages: list[Message],
+    template: PromptTemplate,
+    tokenizer: "Tokenizer",
+    add_generation_prompt: bool,
+    supervised: slice,
 ) -> tuple[list[int], list[int]]:
     """Prompt, answer, prompt, answer, each encoded apart; a system message stands in front of the first prompt."""
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -220,6 +237,7 @@ def _render_turns(
     turns = messages[1:] if system else messages
     if add_generation_prompt and len(turns) % 2 == 0:
         raise ValueError("messages: the last is not a user's, so there is nothing to answer")
+    counting = range(len(turns) // 2)[supervised]
     for number, message in enumerate(turns):
         if message["role"] != ("user", "assistant")[number % 2]:
             raise ValueError(
@@ -232,17 +250,19 @@ def _render_turns(
         else:
             new = [*tokenizer.encode(message["content"] + template.end), tokenizer.eot_id]
         ids += new
-        mask += [number % 2] * len(new)
+        mask += [int(message["role"] == "assistant" and number // 2 in counting)] * len(new)
     return ids, mask
 
 
-def _encode(rendering: Rendering, template: ChatTemplate, tokenizer: "Tokenizer") -> tuple[list[int], list[int]]:
+def _encode(
+    rendering: Rendering, template: ChatTemplate, tokenizer: "Tokenizer", supervised: slice
+) -> tuple[list[int], list[int]]:
     """Ids and mask of a rendered conversation: section by section between its special tokens."""
     text = rendering.text
     special = tokenizer.special_spans(text)
     answers = rendering.answers([(start, end) for start, end, _ in special], (*template.stop, template.eos_token))
     by_assistant = bytearray(len(text) + 1)
-    for start, end in answers:
+    for start, end in answers[supervised]:
         by_assistant[start:end] = b"\1" * (end - start)
     # Cut where an answer begins too, so that the ids of the prompt are the same whatever the answer is.
     cuts = [start for start, _ in answers] if tokenizer.may_cut else []

@@ -1,13 +1,18 @@
 """Settings of `prepare_data.py`. No torch and no NumPy here: `--help` answers at once."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from data.choices import check_choice
 from data.templates import TEMPLATE_NAMES
 
 SOURCES = ("pydocs", "pydocs-qa", "dolly15k", "fineweb-edu", "wikitext", "c4", "text", "jsonl", "parquet")
 NEED_INPUT = ("text", "jsonl", "parquet")
-FORMATS = ("auto", "text", "instruction")
+FORMATS = ("auto", "text", "instruction", "sharegpt", "messages", "code", "preference", "prompts")
+MODEL_TEMPLATE = "model"
+_JINJA = (".jinja", ".jinja2", ".j2")
+_HUB_SET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
 @dataclass
@@ -17,13 +22,13 @@ class PrepareSettings:
     source: str = "pydocs"
     """pydocs, pydocs-qa (the documentation of this Python, as text and as questions with answers; no network needed),
     dolly15k, fineweb-edu, wikitext, c4 (from the Hugging Face Hub, or from local files given by --input),
-    text, jsonl, parquet (your own files)."""
+    text, jsonl, parquet (your own files), or OWNER/NAME or OWNER/NAME:CONFIGURATION, any other set of the Hub."""
 
     input: tuple[str, ...] = ()
     """Files or folders to read (folders recursively, in sorted order). A .gz file is read as what it holds."""
 
     data_dir: str | None = None
-    """The folder to write. A bare name means data/NAME. Default: data/SOURCE."""
+    """The folder to write. A bare name means data/NAME. Default: data/SOURCE, without OWNER and CONFIGURATION."""
 
     tokenizer: str = "gpt2"
     """gpt2, byte, bpe (learned from the training text), a tokenizer.json, a folder that holds one or a prepared set,
@@ -46,29 +51,55 @@ class PrepareSettings:
     """Processes that tokenize; the result does not depend on it. Default: one a core."""
 
     prompt_template: str = "dolly"
-    """Around instruction records: dolly, alpaca, zh_instruction, human_assistant, zh_code, or a chat template: chatml,
-    llama3, qwen2.5, smollm2."""
+    """Around records: dolly, alpaca, zh_instruction, human_assistant, zh_code, or a chat template: chatml, llama3,
+    qwen2.5, smollm2; model (the one of the model that --tokenizer names), or a file of Jinja (NAME.jinja)."""
+
+    system: str | None = None
+    """A system message for every conversation that has none of its own."""
+
+    train_on: str = "all"
+    """all or last: which answers of a conversation are learnt. Of a pair those behind the shared prompt always are."""
+
+    max_length: int | None = None
+    """Tokens that a record may have. A longer one loses whole turns, the oldest first, then the beginning of its
+    question; an answer is cut last, and that is said. Default: no limit, training cuts at its block size."""
 
     format: str = "auto"
-    """auto, text or instruction: what the records of JSON and Parquet files are. auto looks at the first record."""
+    """What the records are: text, instruction (Dolly's and Alpaca's fields), sharegpt (conversations), messages
+    (OpenAI's, or prompt and completion), code (problem, solution), preference (chosen, rejected; gives pairs for DPO),
+    prompts (of any of these; nothing is supervised, for GRPO). auto goes by the fields of the first record."""
+
+    bad_records: str = "error"
+    """error or skip: what happens to damaged records, such as a conversation that the assistant begins, with two
+    users in a row or an unknown role. skip leaves them out and counts them. Records without a question or an answer
+    are always left out and counted; broken JSON is always an error."""
 
     max_documents: int | None = None
     """Stop after so many documents. Default: all."""
 
     def __post_init__(self) -> None:
-        check_choice("--source", self.source, SOURCES)
+        if not _HUB_SET.fullmatch(self.source):
+            check_choice("--source", self.source, SOURCES)
         check_choice("--format", self.format, FORMATS)
-        check_choice("--prompt_template", self.prompt_template, TEMPLATE_NAMES)
+        check_choice("--train_on", self.train_on, ("all", "last"))
+        check_choice("--bad_records", self.bad_records, ("error", "skip"))
+        if not is_jinja_file(self.prompt_template):
+            check_choice("--prompt_template", self.prompt_template, (*TEMPLATE_NAMES, MODEL_TEMPLATE))
         if self.source in NEED_INPUT and not self.input:
             raise ValueError(f"--source {self.source} reads your own files: name them with --input")
         if self.source.startswith("pydocs") and self.input:
             raise ValueError(f"--source {self.source} takes no --input; for your own files use --source text or jsonl")
         if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
             raise ValueError(f"--val_fraction {self.val_fraction}: expected at least 0 and less than 1")
-        for name in ("shard_size", "workers", "max_documents"):
+        for name in ("shard_size", "workers", "max_documents", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value}: expected at least 1")
+
+
+def is_jinja_file(prompt_template: str) -> bool:
+    """Whether --prompt_template is a file, not the name of a template."""
+    return Path(prompt_template).suffix in _JINJA
 
 
 @dataclass

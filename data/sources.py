@@ -1,8 +1,8 @@
 """Where text comes from: the embedded documentation, local files, or the Hugging Face Hub; read as a stream.
 
-`documents` yields text, `records` yields instruction records. Memory does not grow with the input: a text file is read
-in pieces, JSON lines one by one, Parquet by row groups, the Hub by its streaming interface. A complaint about a file is
-one line that names it and the line or row in it.
+`documents` yields text, `record_rows` yields records as they stand; data/records.py reads them. Memory does not grow
+with the input: a text file is read in pieces, JSON lines one by one, Parquet by row groups, the Hub by its streaming
+interface. A complaint about a file is one line that names it and the line or row in it.
 """
 
 import gzip
@@ -15,14 +15,13 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
+from data.records import FIELD_NAMES, fields_of, format_of
 from data.settings import NEED_INPUT
-from data.templates import Record, has_instruction_fields, normalize_record
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["text", "instruction"]
 Row = tuple[str, Any]  # where it stands ("file.jsonl:7"), and what stands there
 
 _SMALLEST_PIECE, _LARGEST_PIECE = 1 << 10, 64 << 10  # bytes of a text file that go to one split together
@@ -47,11 +46,11 @@ class Piece(NamedTuple):
 
 
 class HubSet(NamedTuple):
-    """A data set on the Hugging Face Hub; its split is `train`."""
+    """A data set on the Hugging Face Hub; its split is `train`. format: of its records, None where they tell it."""
 
     path: str
     name: str | None
-    kind: Kind
+    format: str | None
 
 
 HUB_SETS = {
@@ -62,20 +61,23 @@ HUB_SETS = {
 }
 
 
-def kind_of(source: str, paths: Sequence[str] = (), format: str = "auto") -> Kind:
-    """Whether a source holds text or instruction records; files of records are asked by the fields of their first one.
+def source_format(source: str, paths: Sequence[str] = (), format: str = "auto") -> str:
+    """The format of a source's records, a key of KINDS; where nothing else tells it, the first record's fields do.
 
-    Raises ValueError where that contradicts `format` or where the first record is neither.
+    Raises ValueError where that contradicts `format` or where the first record has no known fields. Records of every
+    format can serve as prompts.
     """
-    kind = _fixed_kind(source)
-    if kind is None and format == "auto":
-        where, row = next(_rows(source, paths), (", ".join(paths), None))
+    fixed = _fixed_format(source)
+    if fixed is None and format == "auto":
+        where, row = next(_rows(source, paths), (", ".join(paths) or source, None))
         if row is None:
             raise ValueError(f"{where}: holds no records")
-        kind = _kind_of_row(where, row)
-    if kind is not None and format not in ("auto", kind):
-        raise ValueError(f"--source {source} holds {kind}, not --format {format}")
-    return kind or ("text" if format == "text" else "instruction")
+        return format_of(row, where)
+    if fixed is None or (format == "prompts" and fixed != "text"):
+        return format
+    if format not in ("auto", fixed):
+        raise ValueError(f"--source {source} holds {fixed}, not --format {format}")
+    return fixed
 
 
 def documents(source: str, paths: Sequence[str] = (), *, val_fraction: float = 0.1) -> Iterator[Piece]:
@@ -97,44 +99,36 @@ def documents(source: str, paths: Sequence[str] = (), *, val_fraction: float = 0
             yield Piece(_text_of(where, row))
 
 
-def records(source: str, paths: Sequence[str] = ()) -> Iterator[Record]:
-    """The records of an instruction source with Dolly's four fields. Raises ValueError or OSError, one line."""
+def record_rows(source: str, paths: Sequence[str] = ()) -> Iterator[Row]:
+    """The records of a source as they stand, each with its place. Raises ValueError or OSError, one line."""
     if source == "pydocs-qa":
         from data.pydocs import pydocs_records
 
-        yield from pydocs_records()
+        yield from ((f"pydocs-qa record {number}", record) for number, record in enumerate(pydocs_records(), start=1))
     else:
-        for where, row in _rows(source, paths):
-            yield normalize_record(row, where)
+        yield from _rows(source, paths)
 
 
-def _fixed_kind(source: str) -> Kind | None:
+def _fixed_format(source: str) -> str | None:
     if source in NEED_INPUT:
         return "text" if source == "text" else None
-    return HUB_SETS[source].kind if source in HUB_SETS else "text" if source == "pydocs" else "instruction"
+    if source in HUB_SETS:
+        return HUB_SETS[source].format
+    return {"pydocs": "text", "pydocs-qa": "instruction"}.get(source)
 
 
-def _kind_of_row(where: str, row: Any) -> Kind:
-    if isinstance(row, dict) and has_instruction_fields(row):
-        return "instruction"  # before "text": some instruction sets carry their rendered text as well
-    if isinstance(row, dict) and "text" in row:
-        return "text"
-    wanted = "a field 'text', or 'instruction' and 'response' or 'output'"
-    raise ValueError(f"{where}: expected {wanted}; found {_fields_of(row)}"[:400])
+def _hub_set(source: str) -> HubSet:
+    """A named set, or OWNER/NAME or OWNER/NAME:CONFIGURATION of the Hub."""
+    path, _, name = source.partition(":")
+    return HUB_SETS[source] if source in HUB_SETS else HubSet(path, name or None, None)
 
 
 def _text_of(where: str, row: Any) -> str:
     if not isinstance(row, dict) or "text" not in row:
-        raise ValueError(f"{where}: the record has no field 'text'; found {_fields_of(row)}"[:400])
+        raise ValueError(f"{where}: the record has no field 'text'; found {fields_of(row)}"[:400])
     if not isinstance(row["text"], str | None):
         raise ValueError(f"{where}: the field 'text' is {type(row['text']).__name__}, expected text")
     return row["text"] or ""
-
-
-def _fields_of(row: Any) -> str:
-    if not isinstance(row, dict):
-        return type(row).__name__
-    return f"the fields {', '.join(map(repr, row))}" if row else "no fields"
 
 
 # ---- files
@@ -143,7 +137,7 @@ def _fields_of(row: Any) -> str:
 def _rows(source: str, paths: Sequence[str]) -> Iterator[Row]:
     """The records of JSON and Parquet files, or of the Hub where no files are given."""
     if not paths:
-        yield from _hub_rows(HUB_SETS[source])
+        yield from _hub_rows(_hub_set(source))
         return
     kinds = (source,) if source in ("jsonl", "parquet") else ("jsonl", "parquet")
     for path in _files(paths, [suffix for kind in kinds for suffix in _SUFFIXES[kind]]):
@@ -306,13 +300,13 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
-    wanted = {"text", "instruction", "problem", "context", "input", "response", "output", "solution", "category"}
     try:
         with _opened(path) as _, pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
-            names = [name for name in file.schema_arrow.names if name in wanted]
+            names = [name for name in file.schema_arrow.names if name in FIELD_NAMES]
             if not names:
                 found = ", ".join(file.schema_arrow.names)
-                raise ValueError(f"{path}: has the columns {found}; expected text, or instruction and response"[:400])
+                wanted = "text, instruction and response, or messages"
+                raise ValueError(f"{path}: has the columns {found}; expected {wanted}"[:400])
             number = itertools.count(1)
             for batch in file.iter_batches(batch_size=256, columns=names):
                 for row in batch.to_pylist():

@@ -8,6 +8,7 @@ answer are encoded apart and joined, never as one string whose border a BPE merg
 """
 
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.chat import CHAT_TEMPLATES, ChatTemplate, Template, messages_of, render_conversation
@@ -32,6 +33,27 @@ def get_template(name: str) -> Template:
     """The built-in template of that name. ValueError with the nearest name for any other."""
     check_choice("prompt template", name, TEMPLATE_NAMES)
     return TEMPLATES[name] if name in TEMPLATES else CHAT_TEMPLATES[name]
+
+
+def template_from_file(path: Path, tokenizer: "Tokenizer | None") -> ChatTemplate:
+    """The chat template in a Jinja file, with the bos_token and eos_token of `tokenizer`, or of one that is learned.
+
+    Raises ValueError that names the file.
+    """
+    from data.tokenizer_base import END_OF_TEXT
+
+    try:
+        source = path.read_text("utf-8")
+    except OSError as error:
+        raise ValueError(f"--prompt_template {path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt_template {path}: not UTF-8 at byte {error.start}; convert the file") from error
+    if tokenizer is None:
+        return ChatTemplate(path.stem, source, "", END_OF_TEXT, (END_OF_TEXT,))
+    names = {token: name for name, token in tokenizer.special_tokens.items()}
+    bos = "" if tokenizer.bos_id is None else names.get(tokenizer.bos_id, "")
+    eos = names[tokenizer.eot_id]
+    return ChatTemplate(path.stem, source, bos, eos, (eos,))
 
 
 def template_from_spec(spec: dict[str, Any] | None) -> Template | None:
@@ -89,13 +111,6 @@ def render_prompt(text_or_record: str | Record, template: Template | None, token
         return render_conversation(messages_of(record, answered=False), template, tokenizer, True)[0]
     text = "\n\n".join(part for part in (record["instruction"], record.get("context")) if part)
     return [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(text)]
-
-
-def record_text(record: Record, template: Template) -> str:
-    """The text around and in a record, for learning a vocabulary."""
-    if isinstance(template, ChatTemplate):
-        return template.text(messages_of(record))
-    return template.prompt(record) + record["response"]
 
 
 def _chat_from_spec(spec: dict[str, Any]) -> ChatTemplate:

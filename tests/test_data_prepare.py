@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from data import encode
 from data.encode import Item, encode_all
 from data.manifest import read_manifest
-from data.prepare import default_val_fraction, in_validation, prepare
+from data.prepare import default_val_fraction, prepare
 from data.settings import PrepareSettings
 from data.shards import SplitWriter, open_dataset
+from data.stream import in_validation
 from data.templates import TEMPLATES, normalize_record, render_record
 from data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 

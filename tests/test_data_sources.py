@@ -16,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import sources
-from data.sources import Piece, documents, kind_of, records
+from data.records import KINDS
+from data.sources import Piece, documents, record_rows, source_format
+from data.templates import Record, normalize_record
 from data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +32,10 @@ def write_jsonl(path: Path, rows: list) -> str:
 
 def texts(source: str, *paths: object) -> list[str]:
     return [piece.text for piece in documents(source, [str(path) for path in paths])]
+
+
+def records(source: str, paths: list[str] | tuple[str, ...] = ()) -> Iterator[Record]:
+    return (normalize_record(row, where) for where, row in record_rows(source, paths))
 
 
 # ---- plain text
@@ -139,26 +145,29 @@ def test_blank_lines_are_no_records(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "kind"),
+    ("row", "format"),
     [
         ({"text": "a"}, "text"),
         ({"instruction": "a", "output": "b"}, "instruction"),
-        ({"problem": "a", "solution": "b"}, "instruction"),
+        ({"problem": "a", "solution": "b"}, "code"),
         ({"instruction": "a", "output": "b", "text": "rendered"}, "instruction"),
     ],
 )
-def test_the_first_record_tells_what_a_file_holds(row: dict, kind: str, tmp_path: Path) -> None:
+def test_the_first_record_tells_what_a_file_holds(row: dict, format: str, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [row])
-    assert kind_of("jsonl", [path]) == kind
-    assert kind_of("jsonl", [path], "text") == "text", "a format that is named is believed"
+    assert source_format("jsonl", [path]) == format
+    assert source_format("jsonl", [path], "text") == "text", "a format that is named is believed"
 
 
 def test_kinds_of_the_named_sources() -> None:
     instructions = {"pydocs-qa", "dolly15k"}
     for source in ("pydocs", "pydocs-qa", "dolly15k", "fineweb-edu", "wikitext", "c4"):
-        assert kind_of(source) == ("instruction" if source in instructions else "text")
+        assert source_format(source) == ("instruction" if source in instructions else "text")
     with pytest.raises(ValueError, match="--source pydocs holds text, not --format instruction"):
-        kind_of("pydocs", (), "instruction")
+        source_format("pydocs", (), "instruction")
+    assert source_format("pydocs-qa", (), "prompts") == "prompts", "records of any format can be prompts"
+    with pytest.raises(ValueError, match="--source dolly15k holds instruction, not --format preference"):
+        source_format("dolly15k", (), "preference")
 
 
 # ---- faults: (source, file name, content, what the one line says)
@@ -223,7 +232,7 @@ FAULTS: dict[str, tuple[str, str, bytes, str]] = {
 
 def drain(source: str, path: str) -> None:
     """Read a source as prepare does: what is it, then all of it."""
-    if kind_of(source, [path]) == "text":
+    if KINDS[source_format(source, [path])] == "text":
         list(documents(source, [path]))
     else:
         list(records(source, [path]))
