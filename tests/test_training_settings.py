@@ -12,8 +12,9 @@ import pytest
 import yaml
 from hypothesis import given, settings, strategies
 
+from training.aliases import ALIASES, CHOICES, IMPLIED, SECTIONS
 from training.run_settings import FinetuneSettings, RunSettings, TrainSettings
-from training.settings import ALIASES, field_names, is_explicit, parse, to_dict, to_yaml
+from training.settings import field_names, is_explicit, parse, to_dict, to_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,6 +38,9 @@ GOLDEN_ALIASES = {
     "save_steps": "checkpoint_interval",
     "eval_steps": "eval_interval",
     "save_total_limit": "keep_last_n_checkpoints",
+    "max_length": "block_size",
+    "max_seq_length": "block_size",
+    "target_modules": "lora_target_modules",
     "finetune_lr": "max_lr",
     "finetune_epochs": "epochs",
     "finetune_samples": "max_samples",
@@ -48,6 +52,26 @@ GOLDEN_ALIASES = {
     "finetune_warmup_steps": "warmup_steps",
 }
 
+# Names whose values mean something else here: what each sets, None for what is so anyway. No other value will do.
+GOLDEN_CHOICES = {
+    ("fp16", "true"): ("dtype", "float16"),
+    ("fp16", "false"): None,
+    ("bf16", "true"): ("dtype", "bfloat16"),
+    ("bf16", "false"): None,
+    ("bias", "none"): None,
+    ("task_type", "causal_lm"): None,
+    ("metric_for_best_model", "eval_loss"): None,
+    ("metric_for_best_model", "loss"): None,
+    ("greater_is_better", "false"): None,
+}
+GOLDEN_SECTIONS = {
+    "lora": {"r": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
+    "training": {},
+    "model": {},
+    "data": {},
+}
+GOLDEN_IMPLIED = {"lora": {"finetune_method": "lora"}, "training": {"min_lr_ratio": "0"}}
+
 # Words for settings that do not take a number.
 SAMPLE_VALUES = {
     "epochs": "2",
@@ -55,6 +79,7 @@ SAMPLE_VALUES = {
     "pretrained_checkpoint": "m.pt",
     "data_dir": "d",
     "log_dir": "l",
+    "lora_target_modules": "k_proj",
 }
 
 
@@ -69,12 +94,18 @@ def write(folder: Path, text: str) -> str:
 
 def test_alias_table_is_what_others_rely_on() -> None:
     assert ALIASES == GOLDEN_ALIASES
+    assert SECTIONS == GOLDEN_SECTIONS and IMPLIED == GOLDEN_IMPLIED
+    choices = {(name, word): choice.values[word] and (choice.setting, choice.values[word])
+               for name, choice in CHOICES.items() for word in choice.values}  # fmt: skip
+    assert choices == GOLDEN_CHOICES
 
 
 def test_every_alias_means_a_setting_and_hides_none() -> None:
     names = set(field_names(FinetuneSettings))
-    assert set(ALIASES.values()) <= names
-    assert not set(ALIASES) & names
+    own_keys = {name for keys in SECTIONS.values() for name in keys.values()}
+    implied = {name for values in IMPLIED.values() for name in values}
+    assert {*ALIASES.values(), *own_keys, *implied, *(choice.setting for choice in CHOICES.values())} <= names
+    assert not {*ALIASES, *CHOICES, *SECTIONS} & names
 
 
 @pytest.mark.parametrize("alias", sorted(ALIASES))
@@ -86,6 +117,146 @@ def test_flag_and_yaml_key_of_an_alias_set_the_same(alias: str, tmp_path: Path) 
     assert by_flag == by_file == parse(FinetuneSettings, [f"--{name}", word])
     assert getattr(by_flag, name) != getattr(FinetuneSettings(), name), "the sample value is the default"
     assert is_explicit(by_flag, name) and is_explicit(by_file, name)
+
+
+# -- the nested form ---------------------------------------------------------------------------------------------------
+
+NESTED = """
+base_model: Qwen/Qwen2.5-3B-Instruct
+lora:
+  r: 16
+  lora_alpha: 32
+  target_modules:
+    - q_proj
+    - down_proj
+  lora_dropout: 0.1
+  bias: "none"
+  task_type: "CAUSAL_LM"
+training:
+  num_train_epochs: 5
+  per_device_train_batch_size: 4
+  gradient_accumulation_steps: 4
+  learning_rate: 2.0e-4
+  warmup_ratio: 0.1
+  lr_scheduler_type: cosine
+  fp16: true
+  gradient_checkpointing: true
+  logging_steps: 10
+  save_steps: 100
+  eval_steps: 50
+  save_total_limit: 3
+  load_best_model_at_end: true
+  metric_for_best_model: "eval_loss"
+  greater_is_better: false
+"""
+FLAT = {
+    "pretrained_checkpoint": "Qwen/Qwen2.5-3B-Instruct",
+    "finetune_method": "lora",
+    "lora_r": 16,
+    "lora_alpha": 32.0,
+    "lora_target_modules": ("q_proj", "down_proj"),
+    "lora_dropout": 0.1,
+    "epochs": 5.0,
+    "batch_size": 4,
+    "grad_accum_steps": 4,
+    "max_lr": 2e-4,
+    "min_lr_ratio": 0.0,
+    "warmup_ratio": 0.1,
+    "lr_schedule": "cosine",
+    "dtype": "float16",
+    "gradient_checkpointing": True,
+    "log_interval": 10,
+    "checkpoint_interval": 100,
+    "eval_interval": 50,
+    "keep_last_n_checkpoints": 3,
+    "load_best_model_at_end": True,
+}
+
+
+def test_sections_say_what_flat_keys_say(tmp_path: Path) -> None:
+    nested = parse(FinetuneSettings, ["--config", write(tmp_path, NESTED)])
+    assert nested == FinetuneSettings(**FLAT)  # type: ignore[arg-type]
+    assert nested.explicit_names == set(FLAT)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "expected"),
+    [
+        ("lora: {r: 4}", [], {"finetune_method": "lora", "lora_r": 4, "min_lr_ratio": 0.1}),
+        ("finetune_method: qlora\nlora: {r: 4}", [], {"finetune_method": "qlora", "lora_r": 4}),
+        ("lora: {r: 4, finetune_method: qlora}", [], {"finetune_method": "qlora", "lora_r": 4}),
+        ("lora: {r: 4}", ["--finetune_method", "qlora"], {"finetune_method": "qlora", "lora_r": 4}),
+        ("lora: {}", [], {"finetune_method": "lora", "lora_r": 8}),
+        ("lora: {lora_r: 4, use_dora: true}", ["--lora_r", "2"], {"lora_r": 2, "use_dora": True}),
+        ("training: {max_lr: 1e-4, min_lr_ratio: 0.2}", [], {"max_lr": 1e-4, "min_lr_ratio": 0.2}),
+        ("training: {lr_scheduler_type: linear}", ["--min_lr_ratio", "0.5"], {"min_lr_ratio": 0.5}),
+        ("training: {fp16: false}", [], {"dtype": "auto", "min_lr_ratio": 0.0}),
+        ("training: {fp16: false, bf16: yes}", [], {"dtype": "bfloat16"}),
+        ("training: {fp16: true}", ["--dtype", "float32"], {"dtype": "float32"}),
+        (
+            "model: {base_model: m.pt}\ndata: {max_length: 256}",
+            [],
+            {"pretrained_checkpoint": "m.pt", "block_size": 256},
+        ),
+        ("max_lr: 1e-4", ["--fp16", "--metric_for_best_model", "eval_loss"], {"dtype": "float16", "max_lr": 1e-4}),
+        ("max_lr: 1e-4", ["--no_fp16", "--bf16", "true", "--greater_is_better=False"], {"dtype": "bfloat16"}),
+    ],
+)
+def test_what_sections_imply_and_what_beats_it(
+    text: str, argv: list[str], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    parsed = parse(FinetuneSettings, ["--config", write(tmp_path, text + "\n"), *argv])
+    assert {name: getattr(parsed, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("lora: {bias: all}", "bias all: LoRA trains no biases here"),
+        ("lora: {task_type: SEQ_CLS}", "only CAUSAL_LM will do"),
+        ("training: {greater_is_better: true}", "of two losses the lower is better"),
+        ("training: {metric_for_best_model: accuracy}", "only eval_loss will do"),
+        ("training: {fp16: maybe}", "fp16 maybe: expected true or false"),
+        ("training: {fp16: true, bf16: true}", "'bf16' sets dtype a second time"),
+        ("training: {fp16: true}\ndtype: float16", "'dtype' sets dtype a second time"),
+        ("max_lr: 1\ntraining: {learning_rate: 1}", "'learning_rate' sets max_lr a second time"),
+        ("lora: {rank: 4}", "unknown setting 'rank' in lora:"),
+        ("training: {learning_rat: 4}", "unknown setting 'learning_rat' in training:. Did you mean learning_rate?"),
+        ("lora: {lora_alpa: 4}", "Did you mean lora_alpha?"),
+        ("r: 4", "unknown setting 'r'"),
+        ("lora: 16", "lora: is a section"),
+        ("lora: [q_proj]", "lora: is a section"),
+        ("training:", "training: is a section"),
+        ("training: {lora: {r: 4}}", "unknown setting 'lora' in training:"),
+        ("loras: {r: 4}", "unknown setting 'loras'"),
+        ("lora: {r: none}", "lora_r"),
+    ],
+)
+def test_a_wrong_section_is_named_with_the_reason(text: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse(FinetuneSettings, ["--config", write(tmp_path, text + "\n")])
+    assert says in str(caught.value) and "settings.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--fp16", "--bf16"], "--dtype and --bf16 both set dtype"),
+        (["--dtype", "float32", "--fp16"], "--dtype and --fp16 both set dtype"),
+        (["--bias", "all"], "LoRA trains no biases here"),
+        (["--metric_for_best_model"], "only eval_loss will do"),
+    ],
+)
+def test_a_wrong_choice_by_flag(argv: list[str], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        parse(FinetuneSettings, argv)
+
+
+def test_names_about_fine_tuning_alone_are_unknown_to_pretraining(tmp_path: Path) -> None:
+    assert parse(TrainSettings, ["--config", write(tmp_path, "training: {fp16: true}\n")]).dtype == "float16"
+    for text in ("lora: {r: 4}", "bias: none"):
+        with pytest.raises(ValueError, match="unknown setting"):
+            parse(TrainSettings, ["--config", write(tmp_path, text + "\n")])
 
 
 # -- defaults ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,38 +21,9 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-S = TypeVar("S")
+from training.aliases import ALIASES, CHOICES, IMPLIED, SECTIONS
 
-# One table for flags and YAML keys: the names that other projects' scripts and configs use -> ours.
-ALIASES: dict[str, str] = {
-    "model_name_or_path": "pretrained_checkpoint",
-    "base_model": "pretrained_checkpoint",
-    "dataset_name": "data_dir",
-    "output_dir": "log_dir",
-    "num_train_epochs": "epochs",
-    "max_train_samples": "max_samples",
-    "learning_rate": "max_lr",
-    "per_device_train_batch_size": "batch_size",
-    "per_device_eval_batch_size": "eval_batch_size",
-    "gradient_accumulation_steps": "grad_accum_steps",
-    "lr_scheduler_type": "lr_schedule",
-    "adam_beta1": "beta1",
-    "adam_beta2": "beta2",
-    "adam_epsilon": "eps",
-    "logging_steps": "log_interval",
-    "save_steps": "checkpoint_interval",
-    "eval_steps": "eval_interval",
-    "save_total_limit": "keep_last_n_checkpoints",
-    "finetune_lr": "max_lr",
-    "finetune_epochs": "epochs",
-    "finetune_samples": "max_samples",
-    "finetune_batch_size": "batch_size",
-    "finetune_seq_len": "block_size",
-    "finetune_grad_accum": "grad_accum_steps",
-    "finetune_max_grad_norm": "max_grad_norm",
-    "finetune_weight_decay": "weight_decay",
-    "finetune_warmup_steps": "warmup_steps",
-}
+S = TypeVar("S")
 
 _SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -72,6 +43,29 @@ def own_name(name: str, known: Sequence[str]) -> str:
     """Our name for a flag or key; an alias counts only where the settings lack that very name."""
     name = name.replace("-", "_")
     return name if name in known else ALIASES.get(name, name)
+
+
+def all_names(known: Sequence[str]) -> list[str]:
+    """Every name that the settings `known` can be given under, ours first."""
+    return [
+        *known,
+        *(alias for alias, name in ALIASES.items() if name in known),
+        *(name for name in CHOICES if is_choice(name, known)),
+    ]
+
+
+def is_choice(name: str, known: Sequence[str]) -> bool:
+    """Whether `name` is none of ours but one of CHOICES, and the settings have what it is about."""
+    return name not in known and name in CHOICES and CHOICES[name].setting in known
+
+
+def chosen(name: str, values: list[str]) -> str | None:
+    """What the setting that a name of CHOICES is about becomes, None for nothing; a name alone means true."""
+    choice, value = CHOICES[name], " ".join(values).lower() or "true"
+    word = str(_SWITCH[value]).lower() if value in _SWITCH else value
+    if word not in choice.values:
+        raise ValueError(f"{name} {' '.join(values)}: {choice.why}")
+    return choice.values[word]
 
 
 def load_yaml(path: str, cls: type) -> dict[str, list[str] | None]:
@@ -94,18 +88,46 @@ def load_yaml(path: str, cls: type) -> dict[str, list[str] | None]:
         raise ValueError(f"--config {path}: expected `name: value` lines, found a list or a single value")
     known = field_names(cls)
     values: dict[str, list[str] | None] = {}
+    try:
+        for section, key, node in _entries(root):
+            for name, words in _named(section, key, node, known):
+                if name in values:
+                    raise ValueError(f"{key!r} sets {name} a second time")
+                values[name] = words
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from None
+    sections = [key.value for key, value in root.value if isinstance(value, yaml.MappingNode)]
+    implied = {name: value for section in sections for name, value in IMPLIED.get(section, {}).items() if name in known}
+    return {**{name: [value] for name, value in implied.items()}, **values}
+
+
+def _entries(root: yaml.MappingNode) -> Iterator[tuple[str, str, yaml.Node]]:
+    """Section ("" outside of any), key and value of each line of a file."""
     for key, value in root.value:
-        name = own_name(str(key.value), known)
-        if name not in known:
-            raise ValueError(f"--config {path}: unknown setting {key.value!r}.{nearest(name, known)}")
-        if name in values:
-            raise ValueError(f"--config {path}: {key.value!r} sets {name} a second time")
-        items = value.value if isinstance(value, yaml.SequenceNode) else [value]
-        if not all(isinstance(item, yaml.ScalarNode) for item in items):
-            raise ValueError(f"--config {path}: {key.value}: expected a value or a list of values")
-        is_null = isinstance(value, yaml.ScalarNode) and value.tag == "tag:yaml.org,2002:null"
-        values[name] = None if is_null else [item.value for item in items]
-    return values
+        if isinstance(value, yaml.MappingNode) and key.value in SECTIONS:
+            yield from ((key.value, str(inner.value), node) for inner, node in value.value)
+        elif key.value in SECTIONS:
+            raise ValueError(f"{key.value}: is a section: write its settings below it, indented")
+        else:
+            yield "", str(key.value), value
+
+
+def _named(section: str, key: str, node: yaml.Node, known: list[str]) -> Iterator[tuple[str, list[str] | None]]:
+    """The setting that a line of a file sets, if any, and its words, None for null."""
+    own_keys = SECTIONS.get(section, {})
+    name = own_name(own_keys.get(key, key), known)
+    if name not in known and not is_choice(name, known):
+        where = f" in {section}:" if section else ""
+        raise ValueError(f"unknown setting {key!r}{where}.{nearest(key, [*all_names(known), *own_keys])}")
+    items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    if not all(isinstance(item, yaml.ScalarNode) for item in items):
+        raise ValueError(f"{key}: expected a value or a list of values")
+    words = [item.value for item in items]
+    if name in known:
+        is_null = isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"
+        yield name, None if is_null else words
+    elif (value := chosen(name, words)) is not None:
+        yield CHOICES[name].setting, [value]
 
 
 def _words(cls: type, name: str, values: list[str] | None) -> list[str]:
@@ -151,14 +173,21 @@ def _normalize(cls: type, argv: Sequence[str]) -> tuple[list[str], set[str]]:
         flag, equals, value = word[2:].partition("=")
         name = own_name(flag, known)
         current = name[3:] if name not in known and name.startswith("no_") else name
-        if current not in known:
-            near = nearest("--" + name, ["--" + setting for setting in known])
+        if current not in known and not is_choice(current, known):
+            near = nearest("--" + name, ["--" + setting for setting in all_names(known)])
             raise ValueError(f"unknown flag --{flag}.{near} (--help lists all)")
         spelling = flag.replace("-", "_").removeprefix("no_")
         if spelled.setdefault(current, spelling) != spelling:
             raise ValueError(f"--{spelled[current]} and --{flag} both set {current}: give one of them")
         given[current] = [value] if equals else []
         (negated.discard if name == current else negated.add)(current)
+    for name in [name for name in given if is_choice(name, known)]:
+        values, setting = given.pop(name), CHOICES[name].setting
+        value = chosen(name, ["false"] if name in negated else values)
+        negated.discard(name)
+        if value is not None and setting in given:
+            raise ValueError(f"--{spelled.get(setting, setting)} and --{name} both set {setting}: give one of them")
+        given |= {} if value is None else {setting: [value]}
     words = [_words(cls, name, values) for name, values in given.items() if name not in negated]
     words += [[f"--no_{name}", *given[name]] for name in negated]
     return [*loose, *(word for group in words for word in group)], set(given)
