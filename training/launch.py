@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from data.manifest import resolve_data_dir
 from data.shards import TokenSet, open_dataset
 from data.templates import template_from_spec
 from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_spec
-from formats.checkpoint import write_durably
+from formats.checkpoint import load_checkpoint, write_durably
 from model.gpt import GPT
 from training import rng
 from training.distributed import Dist, close_distributed, setup_distributed
@@ -30,9 +31,9 @@ from training.runtime import Runtime, choose_runtime
 from training.saver import Saver, describe, versions
 from training.settings import is_explicit, to_dict, to_yaml
 from training.start import Start, choose_start, note_versions, with_checkpoint_settings, with_preset_defaults
-from training.step_plan import StepPlan, check_settings, plan_steps, resolved
+from training.step_plan import StepPlan, check_settings, plan_steps, refuse_without_validation, resolved
 from training.stop import StopRequest
-from training.summary import introduce, outcome
+from training.summary import introduce, nothing_to_do, outcome, why_early
 from training.unfreeze import Unfreezing
 
 
@@ -123,8 +124,8 @@ class _Run:
             progress, saver, recorder, self.console, self.stop, unfreezing,
         )  # fmt: skip
         try:
-            if progress.step >= plan.max_steps - 1 and progress.finished_step:
-                self.say(f"Nothing to do: step {progress.step} is the last of {plan.max_steps}. More: --max_steps N.")
+            if (done := nothing_to_do(plan, progress)) is not None:
+                self.say(done)
                 return self._finish(plan, progress, finished=True)
             introduce(self.say, self.settings, plan, loader, model, runtime, has_val=val_set is not None)
             self._check_forward(trainer, loader, progress)
@@ -145,6 +146,8 @@ class _Run:
         train_set = open_dataset(folder, "train", verify=verify)
         has_val = train_set.meta["splits"].get("val", {}).get("tokens", 0) > 1
         val_set = open_dataset(folder, "val", verify=verify) if has_val else None
+        if val_set is None:
+            refuse_without_validation(self.settings, folder)
         self.tokenizer: Tokenizer = load_tokenizer(str(folder)) if spec is None else tokenizer_from_spec(spec)
         if self.tokenizer.fingerprint != train_set.tokenizer_fingerprint:
             raise ValueError(
@@ -297,18 +300,34 @@ class _Run:
         summary = self._summary(plan, progress, finished)
         if not self.here.is_main:
             return summary
-        self.folder.write_status("finished" if finished else "stopped", step=progress.step)
+        early = summary["stopped_early"]
+        if summary["final"] is not None:
+            self._write_final(Path(summary["final"]), progress)
+        reason = {"reason": why_early(plan, progress)} if early else {}
+        self.folder.write_status("finished" if finished else "stopped", step=progress.step, **reason)
         if finished:
             from report.curves import plot_curves
 
-            self.say(f"Finished {plan.max_steps} steps: {outcome(progress)}")
+            ended = why_early(plan, progress) if early else f"Finished {plan.max_steps} steps"
+            self.say(f"{ended}: {outcome(progress)}")
             self.say(f"Checkpoint: {summary['checkpoint']}")
+            if summary["final"] is not None:
+                self.say(f"Best weights, of step {progress.best_step}: {summary['final']}")
             self.say(f"Curves: {plot_curves(self.folder.path)}")
         return summary
+
+    def _write_final(self, path: Path, progress: Progress) -> None:
+        """final.pt is best.pt once more, under a name that says that the run is done."""
+        best = self.folder.path / "best.pt"
+        if not best.exists() or load_checkpoint(best).get("step") != progress.best_step:
+            raise ValueError(f"{best}: does not hold the best weights, of step {progress.best_step}: no {path.name}")
+        with open(best, "rb") as file:
+            write_durably(path, lambda copy: shutil.copyfileobj(file, copy))
 
     def _summary(self, plan: StepPlan, progress: Progress, finished: bool) -> dict[str, Any]:
         return {
             "finished": finished,
+            "stopped_early": finished and progress.step < plan.max_steps - 1,
             "step": progress.step,
             "max_steps": plan.max_steps,
             "loss": progress.last_record.get("loss"),
@@ -317,5 +336,6 @@ class _Run:
             "best_val_loss": progress.best_val_loss,
             "best_step": progress.best_step,
             "checkpoint": str(self.folder.checkpoint_path(progress.step)),
+            "final": str(self.folder.path / "final.pt") if finished and self.settings.load_best_model_at_end else None,
             "log_dir": str(self.folder.path),
         }

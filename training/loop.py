@@ -102,7 +102,7 @@ class Trainer:
             self.network = self._wrapped()
 
     def run(self) -> bool:
-        """Train to the last step; True when it got there, False when a signal stopped it (all is saved then)."""
+        """Train to the last step, or until patience is out; False when a signal came first (all is saved then)."""
         progress, plan = self.progress, self.plan
         self.model.train()
         self.saver.remember(progress, self.loader.state(), rng_state())
@@ -110,6 +110,9 @@ class Trainer:
             return False
         self.console.start_bar(plan.max_steps, progress.step + 1)
         for step in range(progress.step + 1, plan.max_steps):
+            if progress.out_of_patience(plan.patience):
+                self._stop_early()
+                break
             self._unfreeze(step)
             done = self._step(step)
             if done is None:
@@ -272,13 +275,19 @@ class Trainer:
 
     def _see_validation(self, validation: Validation) -> None:
         """Keep the best, warn of over-fitting."""
-        improved, overfits = self.progress.see_validation(validation.loss)
+        improved, overfits = self.progress.see_validation(validation.loss, self.plan.patience_threshold)
         self.recorder.validation(self.progress, validation, improved)
         if overfits:
             self.progress.overfitting_warned = True
             self.console.say("Warning: Overfitting detected (validation loss above its best, training loss falling)")
         if improved:
             self.saver.save_best(validation.loss)
+
+    def _stop_early(self) -> None:
+        """Early stopping: the last step is saved as that of a run which got to its end is."""
+        self.recorder.flush_to_disk()
+        if self.saver.saved_step != self.progress.step:
+            self.saver.save(required=True)
 
     def _stopped(self) -> bool:
         """A signal: save the last completed step as it was at its end, and leave."""

@@ -26,6 +26,8 @@ class Progress:
     val_loss_before: float | None = None  # of the weights the run started from
     best_val_loss: float | None = None
     best_step: int | None = None
+    patience_loss: float | None = None  # the last validation loss that was lower by the threshold of early stopping
+    waited: int = 0  # evaluations since then
     previous_train_loss: float | None = None  # mean between the two evaluations before the last
     since_eval_loss: float = 0.0
     since_eval_tokens: int = 0
@@ -46,12 +48,17 @@ class Progress:
         self.epoch_tokens += supervised
         self.tokens += tokens
 
-    def see_validation(self, val_loss: float) -> tuple[bool, bool]:
+    def see_validation(self, val_loss: float, threshold: float = 0.0) -> tuple[bool, bool]:
         """Take in an evaluation; returns (is it the best so far, does the run over-fit).
 
         Over-fitting: the validation loss is above its best while the mean training loss went on falling since the
-        evaluation before.
+        evaluation before. Patience is renewed by a loss that is more than `threshold` below the one that renewed it
+        last, so that many small steps down count as one when they add up.
         """
+        if math.isfinite(val_loss) and (self.patience_loss is None or val_loss < self.patience_loss - threshold):
+            self.patience_loss, self.waited = val_loss, 0
+        else:
+            self.waited += 1
         train_loss = self.since_eval_loss / self.since_eval_tokens if self.since_eval_tokens else None
         best = self.best_val_loss
         overfits = (
@@ -69,6 +76,10 @@ class Progress:
         if improved:
             self.best_val_loss, self.best_step = val_loss, self.step
         return improved, overfits
+
+    def out_of_patience(self, patience: int) -> bool:
+        """Whether early stopping ends the run after the last step; `patience` 0 = never."""
+        return 0 < patience <= self.waited and self.finished_step
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

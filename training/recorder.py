@@ -98,6 +98,12 @@ class Recorder:
             where += f", best {progress.best_val_loss:.4f} at step {progress.best_step}"
         self.console.say(f"Eval Loss: {validation.loss:.4f} ({where})")
         self.console.say(f"Eval Perplexity: {math.exp(min(validation.loss, 700)):.3f}")
+        patience, margin = self.plan.patience, self.plan.patience_threshold
+        if patience and progress.waited:
+            below = (
+                "" if progress.patience_loss is None else f" more than {margin:g} below {progress.patience_loss:.4f}"
+            )
+            self.console.say(f"Early stopping: evaluation {progress.waited} of {patience} without a loss{below}")
 
     def sample(self, step: int, model: GPT, stop: StopRequest) -> None:
         """Answers to the fixed prompts, with the same seed each time, so that only the weights differ."""

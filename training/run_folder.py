@@ -15,7 +15,8 @@ from formats.checkpoint import is_full, load_checkpoint, remove_temporaries, syn
 Say = Callable[[str], None]
 
 _CHECKPOINT = re.compile(r"^model_(\d{5,})\.pt$")
-_RUN_FILES = ("metrics.jsonl", "samples.jsonl", "training.log", "config.yaml", "curves.png", "best.pt", "status.json")
+_RUN_FILES = ("metrics.jsonl", "samples.jsonl", "training.log", "config.yaml", "curves.png", "status.json")
+_RUN_FILES += ("best.pt", "final.pt")
 
 
 class RunFolder:
@@ -98,7 +99,8 @@ class RunFolder:
         if after_step is None:
             files += [self.path / name for name in _RUN_FILES if (self.path / name).exists()]
         elif new_course and self._best_step() > after_step:
-            files.append(self.path / "best.pt")  # of the course that is being left
+            # Of the course that is being left.
+            files += [self.path / name for name in ("best.pt", "final.pt") if (self.path / name).exists()]
         if not files:
             return
         number = 1

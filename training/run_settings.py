@@ -72,6 +72,12 @@ class RunSettings:
     """A loss or gradient that is not finite: stop the run, or skip the step (at most 10 in a row)."""
     eval_interval: Interval = 250
     """Steps between evaluations on the validation split, or `epoch`; 0 = only at the end."""
+    early_stopping_patience: int | None = None
+    """Stop after so many evaluations in a row without a better validation loss; 0 = never (3 with a threshold)."""
+    early_stopping_threshold: float | None = None
+    """How much lower a validation loss must be to count as better there (0.01 with a patience)."""
+    load_best_model_at_end: bool = False
+    """Write final.pt when the run is done: the weights with the lowest validation loss."""
     eval_batch_size: int | None = None
     """Windows of one evaluation micro-batch; batch_size where not given."""
     max_eval_samples: int = 640

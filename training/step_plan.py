@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from training.run_settings import METHOD_FLAGS, FinetuneSettings, RunSettings
@@ -30,6 +31,8 @@ class StepPlan:
     generate_every: int
     checkpoint_every: int
     log_every: int
+    patience: int = 0  # evaluations without a better validation loss before the run ends; 0 = never
+    patience_threshold: float = 0.0  # by how much it must be lower to be better
 
     @property
     def windows_per_step(self) -> int:
@@ -91,7 +94,15 @@ def plan_steps(settings: RunSettings, block_size: int, windows_per_epoch: int, w
         generate_every=interval("generate_interval"),
         checkpoint_every=interval("checkpoint_interval"),
         log_every=settings.log_interval or (1 if max_steps <= 200 else 10),
+        patience=_patience(settings),
+        patience_threshold=0.01 if settings.early_stopping_threshold is None else settings.early_stopping_threshold,
     )
+
+
+def _patience(settings: RunSettings) -> int:
+    if settings.early_stopping_patience is not None:
+        return settings.early_stopping_patience
+    return 0 if settings.early_stopping_threshold is None else 3
 
 
 def check_settings(settings: RunSettings) -> None:
@@ -107,9 +118,22 @@ def check_settings(settings: RunSettings) -> None:
     for name in ("max_eval_samples", "keep_last_n_checkpoints", "max_grad_norm", "weight_decay", "eps"):
         if not getattr(settings, name) >= 0:  # NaN too
             raise ValueError(f"--{name} {getattr(settings, name)}: expected at least 0")
+    for name in ("early_stopping_patience", "early_stopping_threshold"):
+        value = getattr(settings, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"--{name} {value}: expected at least 0")
+    if _patience(settings) and settings.eval_interval == 0:
+        raise ValueError("early stopping needs evaluations on the way: set --eval_interval")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(settings, name) < 1:
             raise ValueError(f"--{name} {getattr(settings, name)}: expected at least 0 and less than 1")
+
+
+def refuse_without_validation(settings: RunSettings, folder: Path) -> None:
+    """Raises ValueError for settings that look at validation losses, where the data set in `folder` gives none."""
+    wish = "--load_best_model_at_end" if settings.load_best_model_at_end else "early stopping"
+    if settings.load_best_model_at_end or _patience(settings):
+        raise ValueError(f"{wish}: {folder} has no validation split (prepare_data.py --val_fraction 0.05)")
 
 
 def _refuse_conflicts(settings: RunSettings) -> None:

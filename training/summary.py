@@ -85,6 +85,23 @@ def _notes(settings: RunSettings, plan: StepPlan, loader: Loader, has_val: bool)
     return notes
 
 
+def nothing_to_do(plan: StepPlan, progress: Progress) -> str | None:
+    """Why a resumed run is over already; None where it is not."""
+    if progress.step >= plan.max_steps - 1 and progress.finished_step:
+        return f"Nothing to do: step {progress.step} is the last of {plan.max_steps}. More: --max_steps N."
+    if progress.out_of_patience(plan.patience):
+        return f"Nothing to do: {why_early(plan, progress)}. More: --early_stopping_patience {progress.waited + 1}."
+    return None
+
+
+def why_early(plan: StepPlan, progress: Progress) -> str:
+    """The reason of early stopping."""
+    loss = "finite validation loss"
+    if progress.patience_loss is not None:
+        loss = f"validation loss more than {plan.patience_threshold:g} below {progress.patience_loss:.4f}"
+    return f"Stopped early after step {progress.step}: no {loss} in {progress.waited} evaluations"
+
+
 def outcome(progress: Progress) -> str:
     """How the losses ended, in words."""
     parts = [f"training loss {progress.last_record['loss']:.4f}"]
