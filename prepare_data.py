@@ -5,6 +5,7 @@ python prepare_data.py --source pydocs-qa --tokenizer pydocs             # quest
 python prepare_data.py --source text --input book.txt --data_dir book    # your own text -> data/book
 python prepare_data.py --source dolly15k                                 # from the Hugging Face Hub -> data/dolly15k
 python prepare_data.py --source dolly15k --input dolly.jsonl --tokenizer logs/model_19072.pt
+python prepare_data.py --source jsonl --input chat.jsonl --tokenizer MODEL --prompt_template model --data_dir chat
 python prepare_data.py inspect pydocs-qa --block_size 256
 """
 
@@ -13,10 +14,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.settings import InspectSettings, PrepareSettings
+from data.settings import MODEL_TEMPLATE, InspectSettings, PrepareSettings
 from training.settings import run_script
 
 if TYPE_CHECKING:
+    from data.templates import Template
     from data.tokenizer import Tokenizer
 
 
@@ -27,7 +29,8 @@ def main(settings: PrepareSettings) -> None:
     # Without this, SIGTERM would end the process with the half-written folder left behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        manifest = prepare(settings, _model_tokenizer(settings.tokenizer))
+        tokenizer, template = _of_model(settings)
+        manifest = prepare(settings, tokenizer, template)
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         raise SystemExit(130) from None
@@ -42,18 +45,40 @@ def inspect(settings: InspectSettings) -> None:
     print(inspect_dataset(settings.data_dir, settings.block_size, settings.records))
 
 
-def _model_tokenizer(ref: str) -> "Tokenizer | None":
-    """The tokenizer of a model; None where `ref` is none but a tokenizer itself or a prepared set.
+def _of_model(settings: PrepareSettings) -> "tuple[Tokenizer | None, Template | None]":
+    """The tokenizer of the model that --tokenizer names, None where it names none, and its template where asked for.
 
-    The data room knows nothing of models, so their tokenizers are fetched here.
+    The data room knows nothing of models, so these are fetched here.
     """
+    ref = settings.tokenizer
     path = Path(ref)
     on_hub = "/" in ref and not path.exists() and not path.parent.is_dir()
     if not (ref.endswith((".pt", ".gguf")) or (path / "config.json").is_file() or on_hub):
-        return None
+        return None, None
     from formats.open_model import load_any_tokenizer  # brings torch, which the other tokenizers do without
 
-    return load_any_tokenizer(ref)
+    return load_any_tokenizer(ref), _template_of(ref) if settings.prompt_template == MODEL_TEMPLATE else None
+
+
+def _template_of(ref: str) -> "Template":
+    """The chat or prompt template of a model. ValueError where it has none."""
+    from data.templates import template_from_spec
+    from formats.checkpoint import load_checkpoint
+    from formats.gguf_read import read_gguf_tokenizer
+    from formats.hf_read import read_hf_tokenizer
+    from formats.hub import fetch_from_hub
+    from formats.open_model import is_gguf
+
+    path = Path(ref) if Path(ref).exists() else fetch_from_hub(ref)
+    if path.is_dir():
+        template = read_hf_tokenizer(path)[1]
+    elif is_gguf(path):
+        template = read_gguf_tokenizer(path)[1]
+    else:
+        template = template_from_spec(load_checkpoint(path).get("template"))
+    if template is None:
+        raise ValueError(f"{ref}: has no template for prompts; choose another --prompt_template than model")
+    return template
 
 
 def _summary(manifest: dict[str, Any]) -> str:

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from data.chat import ChatTemplate
 from data.prepare import prepare
 from data.settings import PrepareSettings
 from data.shards import open_dataset
@@ -92,17 +94,52 @@ def test_the_script_prepares_and_inspects(tmp_path: Path) -> None:
 
 def test_the_script_takes_a_checkpoints_tokenizer(tmp_path: Path) -> None:
     from formats.checkpoint import save_checkpoint
-    from prepare_data import _model_tokenizer
+    from prepare_data import _of_model
 
     tokenizer = train_bpe(["the quick brown fox"], 270)
     save_checkpoint(tmp_path / "model.pt", {"model": {}, "config": {}, "tokenizer": tokenizer.spec()})
-    found = _model_tokenizer(str(tmp_path / "model.pt"))
-    assert found is not None
-    assert found.fingerprint == tokenizer.fingerprint
-    assert _model_tokenizer("gpt2") is None
+
+    def of_model(name: str, template: str = "dolly") -> Any:
+        return _of_model(PrepareSettings(tokenizer=name, prompt_template=template))
+
+    found, template = of_model(str(tmp_path / "model.pt"))
+    assert found.fingerprint == tokenizer.fingerprint and template is None
+    assert of_model("gpt2") == (None, None)
+    with pytest.raises(ValueError, match="has no template for prompts"):
+        of_model(str(tmp_path / "model.pt"), "model")
     save_checkpoint(tmp_path / "bare.pt", {"model": {}, "config": {}})
     with pytest.raises(ValueError, match="holds no tokenizer"):
-        _model_tokenizer(str(tmp_path / "bare.pt"))
+        of_model(str(tmp_path / "bare.pt"))
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "folder"])
+def test_the_template_of_a_model_is_taken(form: str, tmp_path: Path) -> None:
+    from formats.checkpoint import save_checkpoint
+    from prepare_data import _of_model
+
+    tokenizer, source = (
+        train_bpe(["the quick brown fox"], 270),
+        "{% for m in messages %}{{ m['content'] }}<|endoftext|>{% endfor %}",
+    )
+    model = tmp_path / "model.pt"
+    if form == "checkpoint":
+        payload = {"model": {}, "config": {}, "tokenizer": tokenizer.spec()}
+        save_checkpoint(model, {**payload, "template": ChatTemplate("own", source).spec()})
+    else:
+        model = tmp_path / "model"
+        model.mkdir()
+        names = {"chat_template": source, "eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+        for name, values in (("config.json", {"model_type": "llama"}), ("tokenizer_config.json", names)):
+            (model / name).write_text(json.dumps(values))
+        (model / "tokenizer.json").write_text(tokenizer.spec()["json"])
+    target = str(tmp_path / "set")
+    words = {"source": "jsonl", "input": (record_rows(tmp_path / "a.jsonl"),), "data_dir": target, "val_fraction": 0.0}
+    values = PrepareSettings(**words, tokenizer=str(model), prompt_template="model")
+    prepare(values, *_of_model(values))
+    tokens = open_dataset(target, "train")
+    assert tokens.meta["template"]["source"] == source and tokens.tokenizer_fingerprint == tokenizer.fingerprint
+    first = tokens.tokens(0, int(tokens.document_starts[1]))
+    assert tokenizer.decode(first) == "say 0<|endoftext|>it is 0<|endoftext|>"
 
 
 @pytest.mark.parametrize(

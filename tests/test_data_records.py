@@ -1,5 +1,6 @@
 """Records in every format become the conversations that they hold; damage is named, empties are left out."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,7 @@ def made(folder: Path, rows: list[Any], **changes: Any) -> dict[str, Any]:
 def documents(folder: Path, split: str = "train") -> list[tuple[list[int], list[int]]]:
     tokens = open_dataset(folder, split)
     bounds = tokens.document_starts.tolist()
-    return [(tokens.tokens(a, b).tolist(), tokens.mask(a, b).tolist()) for a, b in zip(bounds, bounds[1:])]
+    return [(tokens.tokens(a, b).tolist(), tokens.mask(a, b).tolist()) for a, b in itertools.pairwise(bounds)]
 
 
 def test_a_preference_set_holds_the_chosen_before_the_rejected(tmp_path: Path) -> None:
