@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from data.chat import Template
+from data.chat import Template, stop_ids
 from data.loader import Loader
 from data.manifest import resolve_data_dir
 from data.shards import TokenSet, open_dataset
@@ -22,6 +22,8 @@ from training.distributed import Dist, close_distributed, setup_distributed
 from training.loop import Trainer
 from training.metrics import Console, Wandb
 from training.network import Network, build_network
+from training.objectives.build import build_objective, check_data
+from training.objectives.objective import Objective
 from training.optimizer import build_optimizers, load_optimizer_state
 from training.progress import Progress
 from training.recorder import Recorder
@@ -92,15 +94,15 @@ class _Run:
         check_settings(self.settings)
         train_set, val_set = self._open_data(start)
         network = build_network(self.settings, start, train_set, self.folder.path, self.say)
-        model = network.model
-        plan, loader = self._plan(train_set, model)
+        model = network.model.to(self.here.device)
+        objective = self._objective(start, network)
+        plan, loader = self._plan(train_set, model, objective)
         progress = self._progress(start, loader)
         unfreezing = self._unfreezing(model, plan)
         self._claim_folder(start, progress, plan)
         runtime = self._runtime()
-        model.to(here := self.here.device)
         optimizers = self._optimizers(network, start, unfreezing, progress)
-        scaler = torch.amp.GradScaler(here.type, enabled=runtime.dtype is torch.float16)
+        scaler = torch.amp.GradScaler(self.here.device.type, enabled=runtime.dtype is torch.float16)
         if start.resumes and start.payload and start.payload["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(start.payload["scaler"])
         about = self._about(network)
@@ -120,7 +122,7 @@ class _Run:
         recorder = Recorder(self.settings, plan, self.folder, self.console, self.tokenizer, self.template, wandb)
         recorder.resume_after(progress)
         trainer = Trainer(
-            self.settings, plan, self.here, runtime, model, optimizers, scaler, loader, val_set,
+            self.settings, plan, self.here, runtime, model, objective, optimizers, scaler, loader, val_set,
             progress, saver, recorder, self.console, self.stop, unfreezing,
         )  # fmt: skip
         try:
@@ -128,6 +130,8 @@ class _Run:
                 self.say(done)
                 return self._finish(plan, progress, finished=True)
             introduce(self.say, self.settings, plan, loader, model, runtime, has_val=val_set is not None)
+            if (line := objective.describe()) is not None:
+                self.say(f"Objective: {line}")
             self._check_forward(trainer, loader, progress)
             self._restore_rng(start, progress)
             finished = trainer.run()
@@ -144,6 +148,7 @@ class _Run:
         folder = self._data_folder(spec)
         verify: Literal["full", "size"] = "full" if self.here.local_rank == 0 else "size"  # once a machine
         train_set = open_dataset(folder, "train", verify=verify)
+        check_data(self.settings, train_set)
         has_val = train_set.meta["splits"].get("val", {}).get("tokens", 0) > 1
         val_set = open_dataset(folder, "val", verify=verify) if has_val else None
         if val_set is None:
@@ -175,7 +180,17 @@ class _Run:
             self.here.barrier()
         return folder
 
-    def _plan(self, train_set: TokenSet, model: GPT) -> tuple[StepPlan, Loader]:
+    def _objective(self, start: Start, network: Network) -> Objective:
+        """What the run minimises; what its checkpoints must say of it goes into `network.about`."""
+        stops = stop_ids(self.template, self.tokenizer)
+        where = self.folder.path
+        objective, entries = build_objective(
+            self.settings, start, network.model, self.tokenizer, stops, where, self.stop
+        )
+        network.about |= entries
+        return objective
+
+    def _plan(self, train_set: TokenSet, model: GPT, objective: Objective) -> tuple[StepPlan, Loader]:
         """The data loader of this process, and the steps that follow from its windows."""
         settings, limit = self.settings, model.context_length
         block_size = settings.block_size
@@ -186,15 +201,21 @@ class _Run:
                 raise ValueError(f"--block_size {block_size}: the model's context is {limit} tokens{beside}")
             self.say(f"block_size {limit}: the model's context")
             block_size = limit
+        if objective.new_tokens >= block_size:
+            raise ValueError(
+                f"--grpo_max_new_tokens {objective.new_tokens}: leaves no room for a prompt in {block_size} tokens of "
+                "context; give fewer"
+            )
         loader = Loader(
             train_set,
             batch_size=settings.batch_size,
-            block_size=block_size,
+            block_size=block_size - objective.new_tokens,
             seed=settings.seed,
             rank=self.here.rank,
             world_size=self.here.world_size,
             packing=settings.packing,
             max_samples=settings.max_samples,
+            unit=objective.unit,
         )
         return plan_steps(settings, block_size, loader.windows_per_epoch, self.here.world_size), loader
 
@@ -278,17 +299,18 @@ class _Run:
     def _check_forward(self, trainer: Trainer, loader: Loader, progress: Progress) -> None:
         """One batch forward before any training, and the validation loss of the weights as they come."""
         state = loader.state()
-        batch = loader.next_batch().to(self.here.device)
+        batch = loader.next_batch()
         loader.load_state(state)
-        model = trainer.model
-        with torch.no_grad(), trainer.runtime.autocast():
-            model.eval()
-            loss = model(batch.inputs, batch.targets, positions=batch.positions, doc_ids=batch.doc_ids)
-            model.train()
-        mean = float(loss) / max(1, batch.supervised)
+        with trainer.runtime.autocast():
+            found = trainer.objective.evaluate([batch])
+        if found is None:  # a stop was asked for
+            return
+        loss_sum, count, _ = found
+        mean = loss_sum / max(1, count)
         if not math.isfinite(mean):
             raise ValueError(f"the first batch gives a loss of {mean}: the weights are damaged, or dtype is too narrow")
-        self.say(f"Checked one batch forward: loss {mean:.4f} over {batch.supervised:,} supervised tokens")
+        counted = trainer.objective.counts.replace("_", " ")
+        self.say(f"Checked one batch forward: loss {mean:.4f} over {count:,} {counted}")
         if progress.step < 0 and trainer.val_set is not None:
             validation = trainer.evaluate()
             if validation is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,10 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import Batch, Loader, eval_batches
 from data.shards import TokenSet
-from evaluation.perplexity import mean_loss
 from model.gpt import GPT
 from training.distributed import Dist
 from training.metrics import Console
+from training.objectives.objective import Objective, Sums
+from training.objectives.rewards import RewardError
 from training.optimizer import set_learning_rate
 from training.progress import Progress, Validation
 from training.recorder import Recorder
@@ -30,6 +32,7 @@ from training.stop import StopRequest
 from training.unfreeze import Unfreezing
 
 MAX_SKIPPED_IN_A_ROW = 10
+T = TypeVar("T")
 
 
 class NonFiniteLoss(ValueError):
@@ -38,19 +41,20 @@ class NonFiniteLoss(ValueError):
 
 @dataclass
 class Step:
-    """What one optimizer step did, over all processes."""
+    """What one step did, over all processes: its last optimizer update, where it has several."""
 
     loss_sum: float
-    supervised: int
+    count: int  # of what the objective's loss is a mean over: supervised tokens, pairs, completions
     grad_norm: float
     lr: float
-    seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)  # means
+    seconds: float = 0.0
     taken: bool = True
 
     @property
     def loss(self) -> float:
-        """Mean over supervised tokens, nats."""
-        return self.loss_sum / max(1, self.supervised)
+        """Mean over what is counted."""
+        return self.loss_sum / max(1, self.count)
 
 
 class Trainer:
@@ -63,6 +67,7 @@ class Trainer:
         here: Dist,
         runtime: Runtime,
         model: GPT,
+        objective: Objective,
         optimizers: dict[str, torch.optim.Optimizer],
         scaler: torch.amp.GradScaler,
         loader: Loader,
@@ -75,7 +80,7 @@ class Trainer:
         unfreezing: Unfreezing | None = None,
     ) -> None:
         self.settings, self.plan, self.here, self.runtime = settings, plan, here, runtime
-        self.model, self.optimizers, self.scaler = model, optimizers, scaler
+        self.model, self.objective, self.optimizers, self.scaler = model, objective, optimizers, scaler
         self.loader, self.val_set = loader, val_set
         self.progress, self.saver, self.recorder = progress, saver, recorder
         self.console, self.stop, self.unfreezing = console, stop, unfreezing
@@ -104,7 +109,7 @@ class Trainer:
     def run(self) -> bool:
         """Train to the last step, or until patience is out; False when a signal came first (all is saved then)."""
         progress, plan = self.progress, self.plan
-        self.model.train()
+        self.model.train(self.objective.dropout)
         self.saver.remember(progress, self.loader.state(), rng_state())
         if not progress.finished_step and not self._finish_step():
             return False
@@ -126,26 +131,50 @@ class Trainer:
         return True
 
     def _step(self, step: int) -> Step | None:
-        """One optimizer step on the global batch; None when a stop was asked for between micro-batches."""
+        """The updates on one global batch; None when a stop was asked for before the first of them was made."""
         started = time.perf_counter()
-        here, model = self.here, self.model
-        lr = self.plan.schedule(step)
-        set_learning_rate(self.optimizers, lr)
         first = self.loader.sample
         batches = [self.loader.next_batch() for _ in range(self.plan.grad_accum)]
         self._samples = f"{first}..{self.loader.sample - 1}"  # of all processes
-        (supervised,) = here.sum(sum(batch.supervised for batch in batches))
-        losses = []
+        with self.runtime.autocast():
+            prepared = self._together(lambda: self.objective.prepare(step, batches))
+        if prepared is None:
+            return None
+        (count,) = self.here.sum(sum(self.objective.count(batch) for batch in prepared))
+        done = self._update(step, prepared, count, may_stop=True)
+        for number in range(2, self.objective.updates + 1):
+            if done is None or not done.taken:
+                break
+            later = self._update(step, prepared, count, may_stop=False)
+            assert later is not None
+            if not later.taken:
+                self.console.say(f"Step {step}: update {number} is not finite and not taken; the step ends before it.")
+                break
+            done = later
+        if done is not None:
+            done.seconds = time.perf_counter() - started
+        return done
+
+    def _update(self, step: int, batches: Sequence[Any], count: float, may_stop: bool) -> Step | None:
+        """One optimizer step on the micro-batches; None when a stop was asked for between them."""
+        here, model = self.here, self.model
+        lr = self.plan.schedule(step)
+        set_learning_rate(self.optimizers, lr)
+        losses, metrics = [], []
         for number, batch in enumerate(batches):
-            if self._should_stop():
+            if may_stop and self._should_stop():
                 self._drop_gradients()
                 return None
-            losses.append(self._micro_step(batch, supervised, last=number == len(batches) - 1))
+            loss, sums = self._micro_step(batch, count, last=number == len(batches) - 1)
+            losses.append(loss)
+            metrics.append(sums)
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
         clip = self.settings.max_grad_norm
         norm = nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else math.inf)
-        (loss_sum,) = here.sum(sum(float(loss) for loss in losses))  # on a GPU the host waits here, once a step
+        names = self.objective.metrics
+        totals = [sum(float(each[name]) for each in metrics) for name in names]
+        loss_sum, *totals = here.sum(sum(float(loss) for loss in losses), *totals)  # on a GPU the host waits here
         (broken,) = here.max(float(not math.isfinite(loss_sum) or not self._usable(norm)))
         if not broken:
             for optimizer in self.optimizers.values():
@@ -153,22 +182,39 @@ class Trainer:
         self.scaler.update()  # also after a step not taken: it readies the scaler for the next unscale_
         self._drop_gradients()
         synchronize(here.device)
-        seconds = time.perf_counter() - started
-        return Step(loss_sum, int(supervised), float(norm), lr, seconds, taken=not broken)
+        means = {name: value / max(1.0, count) for name, value in zip(names, totals)}
+        return Step(loss_sum, int(count), float(norm), lr, means, taken=not broken)
 
-    def _micro_step(self, batch: Batch, supervised: float, last: bool) -> torch.Tensor:
-        """Forward and backward of one micro-batch; returns its summed loss.
+    def _micro_step(self, batch: Any, count: float, last: bool) -> tuple[torch.Tensor, Sums]:
+        """Forward and backward of one micro-batch; returns its summed loss and metrics.
 
-        The gradient is that of (sum over supervised tokens) / (supervised tokens of the whole global step), whatever
-        the split: DDP averages over processes, hence the factor. Gradients travel once, with the last micro-batch.
+        The gradient is that of (sum over supervised tokens) / (supervised tokens of the whole global step), or over
+        what else the objective counts, whatever the split: DDP averages over processes, hence the factor. Gradients
+        travel once, with the last micro-batch.
         """
         if isinstance(self.network, DistributedDataParallel):
             self.network.require_backward_grad_sync = last
-        batch = batch.to(self.here.device)
         with self.runtime.autocast():
-            loss = self.network(batch.inputs, batch.targets, positions=batch.positions, doc_ids=batch.doc_ids)
-        self.scaler.scale(loss * (self.here.world_size / max(1.0, supervised))).backward()
-        return loss.detach()
+            loss, sums = self.objective.loss(self.network, batch)
+        self.scaler.scale(loss * (self.here.world_size / max(1.0, count))).backward()
+        return loss.detach(), sums
+
+    def _together(self, work: Callable[[], T | None]) -> T | None:
+        """What `work` gives, unless it gives None on any process because a stop was asked for meanwhile: then None.
+
+        A reward that fails on one process ends the run on all, the last completed step saved.
+        """
+        result: T | None = None
+        failure: RewardError | None = None
+        try:
+            result = work()
+        except RewardError as error:
+            failure = error
+        failed, left = self.here.max(float(failure is not None), float(result is None))
+        if failed:
+            self._save_and_leave("a reward that failed")
+            raise failure or RewardError("the reward failed on another process, which says why")
+        return None if left else result
 
     def _usable(self, norm: torch.Tensor) -> bool:
         """A gradient norm that is not finite spoils the weights; under fp16 the scaler skips such steps by itself."""
@@ -202,7 +248,7 @@ class Trainer:
         """Enter the step just done into the run's progress, its log line included."""
         progress, plan = self.progress, self.plan
         progress.step, progress.finished_step = step, False
-        progress.add(*((done.loss_sum, done.supervised) if done.taken else (0.0, 0)), plan.tokens_per_step)
+        progress.add(*((done.loss_sum, done.count) if done.taken else (0.0, 0)), plan.tokens_per_step)
         if done.taken:
             progress.skipped_in_a_row = 0
         progress.last_record = {
@@ -211,7 +257,8 @@ class Trainer:
             "lr": done.lr,
             "grad_norm": done.grad_norm,
             "tokens": progress.tokens,
-            "supervised_tokens": done.supervised,
+            self.objective.counts: done.count,
+            **done.metrics,
             "epoch": (step + 1) / plan.steps_per_epoch,
             "s_per_step": round(done.seconds, 4),
             "tokens_per_s": round(plan.tokens_per_step / done.seconds, 1),
@@ -233,6 +280,7 @@ class Trainer:
             if validation is None:
                 return self._stopped()
             record["val_loss"] = validation.loss
+            record |= {f"val_{name}": value for name, value in validation.metrics.items()}
             self._see_validation(validation)
         samples = plan.generate_every > 0 and plan.due(plan.generate_every, step)
         if samples:
@@ -250,16 +298,17 @@ class Trainer:
         return True
 
     def evaluate(self) -> Validation | None:
-        """Mean validation loss over supervised tokens and all processes; None when a stop was asked for meanwhile."""
+        """Mean validation loss and metrics over all processes; None when a stop was asked for meanwhile."""
         assert self.val_set is not None
         batches = eval_batches(
             self.val_set,
             batch_size=self.settings.eval_batch_size or self.settings.batch_size,
-            block_size=self.plan.block_size,
+            block_size=self.plan.block_size - self.objective.new_tokens,
             max_windows=self.settings.max_eval_samples or None,
             rank=self.here.rank,
             world_size=self.here.world_size,
             packing=self.settings.packing,
+            unit=self.objective.unit,
         )
         seen: list[int] = []
 
@@ -269,9 +318,14 @@ class Trainer:
                 yield batch
 
         with self.runtime.autocast():
-            loss_sum, tokens = mean_loss(self.model, until_stopped())
-        loss_sum, total, windows = self.here.sum(loss_sum, tokens, len(seen))
-        return None if self._should_stop() else Validation(loss_sum / max(1.0, total), int(windows))
+            found = self._together(lambda: self.objective.evaluate(until_stopped()))
+        if found is None:
+            return None
+        loss_sum, count, metrics = found
+        names = list(metrics)
+        loss_sum, total, windows, *sums = self.here.sum(loss_sum, count, len(seen), *map(float, metrics.values()))
+        means = {name: value / max(1.0, total) for name, value in zip(names, sums)}
+        return None if self._should_stop() else Validation(loss_sum / max(1.0, total), int(windows), means)
 
     def _see_validation(self, validation: Validation) -> None:
         """Keep the best, warn of over-fitting."""

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Validation:
-    """An evaluation over all processes: mean loss per supervised token (nats), and the number of windows."""
+    """An evaluation over all processes: the mean loss, the number of windows, and means of the objective's metrics.
+
+    The loss of supervised training is in nats per token; other objectives have losses, and metrics, of their own.
+    """
 
     loss: float
     windows: int
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

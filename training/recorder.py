@@ -53,9 +53,10 @@ class Recorder:
         if not self.active:
             return
         self.metrics.write(record)
+        metrics = "".join(f"{name} {value:.3g} | " for name, value in record.items() if "/" in name)
         line = (
-            f"Step {record['step']}/{self.plan.max_steps - 1} | Loss: {record['loss']:.4f} | LR: {record['lr']:.2e} | "
-            f"grad norm {record['grad_norm']:.2f} | {record['tokens_per_s']:,.0f} tok/s | "
+            f"Step {record['step']}/{self.plan.max_steps - 1} | Loss: {record['loss']:.4f} | {metrics}"
+            f"LR: {record['lr']:.2e} | grad norm {record['grad_norm']:.2f} | {record['tokens_per_s']:,.0f} tok/s | "
             f"{record['s_per_step']:.2f} s/step | peak {record['memory_mb']:,.0f} MB"
         )
         if self.console.has_bar:
@@ -97,7 +98,10 @@ class Recorder:
         elif not improved and progress.best_val_loss is not None:
             where += f", best {progress.best_val_loss:.4f} at step {progress.best_step}"
         self.console.say(f"Eval Loss: {validation.loss:.4f} ({where})")
-        self.console.say(f"Eval Perplexity: {math.exp(min(validation.loss, 700)):.3f}")
+        for name, value in validation.metrics.items():
+            self.console.say(f"Eval {name}: {value:.4f}")
+        if not validation.metrics:  # a loss in nats per token
+            self.console.say(f"Eval Perplexity: {math.exp(min(validation.loss, 700)):.3f}")
         patience, margin = self.plan.patience, self.plan.patience_threshold
         if patience and progress.waited:
             below = (
