@@ -235,6 +235,21 @@ METHOD_FLAGS: dict[str, tuple[str, ...]] = {
     "p_tuning": ("prefix_length", "prefix_hidden", "p_tuning_encoder"),
 }
 
+# The same of the objectives.
+OBJECTIVE_FLAGS: dict[str, tuple[str, ...]] = {
+    "sft": (),
+    "dpo": ("dpo_beta", "dpo_loss", "label_smoothing"),
+    "grpo": (
+        "reward",
+        "grpo_group",
+        "grpo_epochs",
+        "grpo_clip",
+        "grpo_beta",
+        "grpo_max_new_tokens",
+        "grpo_temperature",
+    ),
+}
+
 # What a method changes in finetune_dolly.py's defaults; anything set explicitly wins. Few parameters, which start at or
 # near nothing, want a larger rate than a whole pretrained network.
 METHOD_DEFAULTS: dict[str, dict[str, float]] = {
@@ -243,6 +258,18 @@ METHOD_DEFAULTS: dict[str, dict[str, float]] = {
     "adapter": {"max_lr": 1e-3},
     "prefix": {"max_lr": 1e-3},
     "p_tuning": {"max_lr": 1e-3},
+}
+
+# What an objective changes, after its method. Steps of 64 pairs or 16 prompts of 1,024 tokens, as in their papers.
+OBJECTIVE_DEFAULTS: dict[str, dict[str, float]] = {
+    "dpo": {"total_batch_size": 65536},
+    "grpo": {"total_batch_size": 16384},
+}
+# Both move a model that can answer already, and with rates of supervised training they undo what it can.
+PREFERENCE_LR: dict[str, float] = {
+    **dict.fromkeys(("full", "progressive", "freeze"), 3e-6),
+    **dict.fromkeys(("lora", "qlora"), 1e-5),
+    **dict.fromkeys(("adapter", "prefix", "p_tuning"), 5e-5),
 }
 
 # What a preset changes in train_gpt2.py's defaults; anything set explicitly wins. `tiny` is for two CPU cores.

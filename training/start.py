@@ -11,7 +11,14 @@ from typing import Any, TypeVar
 from formats.checkpoint import has_digest, is_full, load_checkpoint
 from formats.open_model import load_payload
 from training.run_folder import RunFolder, Say
-from training.run_settings import METHOD_DEFAULTS, PRESET_DEFAULTS, FinetuneSettings, RunSettings
+from training.run_settings import (
+    METHOD_DEFAULTS,
+    OBJECTIVE_DEFAULTS,
+    PREFERENCE_LR,
+    PRESET_DEFAULTS,
+    FinetuneSettings,
+    RunSettings,
+)
 from training.settings import is_explicit, to_dict
 
 R = TypeVar("R", bound=RunSettings)
@@ -98,7 +105,10 @@ def with_preset_defaults(settings: R) -> R:
     """The settings with what preset or method change in the defaults; what is explicit stays, and is known as such."""
     explicit = frozenset(name for name in to_dict(settings) if is_explicit(settings, name))
     if isinstance(settings, FinetuneSettings):
-        defaults: Mapping[str, float] = METHOD_DEFAULTS.get(settings.finetune_method, {})
+        method, objective = settings.finetune_method, settings.objective
+        defaults: Mapping[str, float] = METHOD_DEFAULTS.get(method, {})
+        if objective != "sft":
+            defaults = {**defaults, "max_lr": PREFERENCE_LR[method], **OBJECTIVE_DEFAULTS[objective]}
     else:
         defaults = PRESET_DEFAULTS.get(settings.preset, {})
     changes = {name: value for name, value in defaults.items() if name not in explicit}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from training.run_settings import METHOD_FLAGS, FinetuneSettings, RunSettings
+from training.run_settings import METHOD_FLAGS, OBJECTIVE_FLAGS, FinetuneSettings, RunSettings
 from training.schedule import Schedule
 from training.settings import is_explicit, to_dict
 
@@ -144,16 +144,16 @@ def _refuse_conflicts(settings: RunSettings) -> None:
 
 
 def _refuse_idle_flags(settings: FinetuneSettings) -> None:
-    """A setting of another method than the run's would do nothing: `--lora_r 16` without `--finetune_method lora`."""
-    own = METHOD_FLAGS[settings.finetune_method]
-    defaults = to_dict(FinetuneSettings())
-    for name in (flag for flags in METHOD_FLAGS.values() for flag in flags if flag not in own):
-        value = to_dict(settings)[name]
-        if is_explicit(settings, name) and value != defaults[name]:  # config.yaml names them all
-            users = " or ".join(method for method, flags in METHOD_FLAGS.items() if name in flags)
-            raise ValueError(
-                f"--{name} {value} does nothing with --finetune_method {settings.finetune_method}: it is for {users}"
-            )
+    """A setting of another method or objective than the run's would do nothing: `--lora_r 16` without LoRA."""
+    given, defaults = to_dict(settings), to_dict(FinetuneSettings())
+    for choice, table in (("finetune_method", METHOD_FLAGS), ("objective", OBJECTIVE_FLAGS)):
+        own = table[given[choice]]
+        for name in (flag for flags in table.values() for flag in flags if flag not in own):
+            if is_explicit(settings, name) and given[name] != defaults[name]:  # config.yaml names them all
+                users = " or ".join(user for user, flags in table.items() if name in flags)
+                raise ValueError(
+                    f"--{name} {given[name]} does nothing with --{choice} {given[choice]}: it is for {users}"
+                )
 
 
 def _accumulation(settings: RunSettings, block_size: int, world_size: int) -> int:
