@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from formats.checkpoint import load_checkpoint
-from tests.tiny import record_set, text_set
+from tests.tiny import pair_set, record_set, sum_set, text_set
 
 SERVER = Path(__file__).with_name("life_server.py")
 CLOCKS = {"s_per_step", "tokens_per_s", "memory_mb"}  # what may differ between two runs that did the same
@@ -167,6 +167,18 @@ def record_data() -> Path:
 
 
 @functools.cache
+def pair_data() -> Path:
+    """23 pairs, of which 4 make a step."""
+    return pair_set(server().folder / "pairs", n_pairs=29)
+
+
+@functools.cache
+def sum_data() -> Path:
+    """23 sums, of which 4 are the prompts of a step."""
+    return sum_set(server().folder / "sums", n_records=29)
+
+
+@functools.cache
 def pretrained() -> Path:
     """A checkpoint to fine-tune from."""
     run = Run("pretrain", text_data(), server().folder / "pretrained", {"checkpoint_interval": 0})
@@ -288,7 +300,8 @@ def pretraining(folder: Path, **changes: Any) -> Run:
 
 
 def finetuning(folder: Path, **changes: Any) -> Run:
-    return Run("finetune", record_data(), folder, changes)
+    data = {"dpo": pair_data, "grpo": sum_data}.get(changes.get("objective", "sft"), record_data)
+    return Run("finetune", data(), folder, changes)
 
 
 @functools.cache
@@ -342,7 +355,8 @@ def _entries(path: Path, *version: int) -> dict[str, Any]:
     payload = load_checkpoint(path, require_digest=True)
     for name in PER_LIFE:
         payload["settings"].pop(name)
-    payload.get("base", {}).pop("path", None)  # from the folder of the run to an adapter's base
+    for entry in ("base", "reference"):
+        payload.get(entry, {}).pop("path", None)  # from the folder of the run to the model that it started from
     for name in CLOCKS:
         payload.get("progress", {}).get("last_record", {}).pop(name, None)
     return dict(_flatten(payload, ""))

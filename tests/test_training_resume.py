@@ -25,6 +25,7 @@ from tests.lives import (
     uninterrupted,
 )
 
+LETTERS = f"{Path(__file__).with_name('reward_functions.py')}:letters"
 # 6.5 steps an epoch in pretraining and 5.75 in fine-tuning: 8 steps cross an epoch's end in the middle of a step.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "pretrain": ("pretrain", {}),
@@ -41,6 +42,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "finetune-p-tuning": (
         "finetune",
         {"finetune_method": "p_tuning", "prefix_length": 8, "block_size": 120, "total_batch_size": 480},
+    ),
+    "dpo-lora": ("finetune", {"objective": "dpo", "finetune_method": "lora", "max_lr": 1e-2}),
+    "dpo-full": ("finetune", {"objective": "dpo", "gradient_checkpointing": True}),
+    "grpo-full": (
+        "finetune",
+        {"objective": "grpo", "reward": LETTERS, "grpo_group": 3, "grpo_epochs": 2, "grpo_max_new_tokens": 8},
     ),
     "finetune-unpacked": ("finetune", {"packing": False, "total_batch_size": 1024}),
 }

@@ -48,12 +48,37 @@ def record_set(folder: Path, n_records: int = 60, seed: int = 0) -> Path:
     return _write(folder, rendered, "instruction", template.spec())
 
 
+def pair_set(folder: Path, n_pairs: int = 30, seed: int = 0) -> Path:
+    """A preference set: the same prompts as `record_set`'s, chosen answers of words, rejected ones of their letters."""
+    rng = np.random.default_rng(seed)
+    template = TEMPLATES["dolly"]
+    rendered: list[tuple[list[int], list[int] | None]] = []
+    for _ in range(n_pairs):
+        record = {"instruction": sentence(rng, 3), "context": "", "response": sentence(rng, 4), "category": "open_qa"}
+        worse = {**record, "response": "".join(rng.permutation(list(sentence(rng, 3))))}
+        rendered += [render_record(each, template, BYTES) for each in (record, worse)]
+    return _write(folder, rendered, "preference", template.spec())
+
+
+def sum_set(folder: Path, n_records: int = 30, seed: int = 0) -> Path:
+    """An instruction set of sums of two digits."""
+    rng = np.random.default_rng(seed)
+    template = TEMPLATES["dolly"]
+    rendered: list[tuple[list[int], list[int] | None]] = []
+    for _ in range(n_records):
+        one, two = rng.integers(0, 10, size=2).tolist()
+        record = {"instruction": f"{one} + {two}", "context": "", "response": str(one + two), "category": "sums"}
+        rendered.append(render_record(record, template, BYTES))
+    return _write(folder, rendered, "instruction", template.spec())
+
+
 def _write(folder: Path, documents: list[tuple[list[int], list[int] | None]], kind: str, template: Any) -> Path:
     folder.mkdir(parents=True)
     cut = len(documents) * 4 // 5
+    cut -= cut % 2 if kind == "preference" else 0
     splits = {}
     for split, part in {"train": documents[:cut], "val": documents[cut:]}.items():
-        masked = kind == "instruction"
+        masked = kind != "text"
         writer = SplitWriter(folder, split, dtype=np.dtype("uint16"), shard_size=700, with_mask=masked, vocab_size=257)
         for ids, mask in part:
             writer.add(np.array(ids), None if mask is None else np.array(mask, dtype=np.uint8))
