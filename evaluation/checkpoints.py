@@ -11,7 +11,8 @@ from formats.open_model import OpenModel
 
 def short_labels(refs: Sequence[str | Path]) -> list[str]:
     """The fewest last parts of the paths that tell them apart: `logs/model_00009`, `logs_finetune/model_00009`."""
-    parts = [Path(ref).with_suffix("").parts for ref in refs]
+    paths = [Path(ref) for ref in refs]
+    parts = [(path.with_suffix("") if path.suffix == ".pt" else path).parts for path in paths]
     for count in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(path[-count:]) for path in parts]
         if len(set(labels)) == len(labels):

@@ -40,6 +40,8 @@ def build_network(settings: RunSettings, start: Start, train_set: TokenSet, fold
         about |= entries
         lr_scales = learning_rate_scales(model, settings.finetune_method, chosen, settings.layer_lr_decay)
     model.gradient_checkpointing = settings.gradient_checkpointing
+    if start.payload is not None:
+        start.payload.pop("model")  # else the fp32 weights of a base that is quantised would stay in memory
     return Network(model, about, lr_scales)
 
 
