@@ -7,7 +7,8 @@ from pathlib import Path
 from data.choices import check_choice
 from data.templates import TEMPLATE_NAMES
 
-SOURCES = ("pydocs", "pydocs-qa", "dolly15k", "fineweb-edu", "wikitext", "c4", "text", "jsonl", "parquet")
+EMBEDDED = ("pydocs", "pydocs-qa", "arithmetic")  # made here, without network or input
+SOURCES = (*EMBEDDED, "dolly15k", "fineweb-edu", "wikitext", "c4", "text", "jsonl", "parquet")
 NEED_INPUT = ("text", "jsonl", "parquet")
 FORMATS = ("auto", "text", "instruction", "sharegpt", "messages", "code", "preference", "prompts")
 MODEL_TEMPLATE = "model"
@@ -21,7 +22,7 @@ class PrepareSettings:
 
     source: str = "pydocs"
     """pydocs, pydocs-qa (the documentation of this Python, as text and as questions with answers; no network needed),
-    dolly15k, fineweb-edu, wikitext, c4 (from the Hugging Face Hub, or from local files given by --input),
+    arithmetic (all sums of two numbers below 100, which a reward can check), dolly15k, fineweb-edu, wikitext, c4 (from the Hugging Face Hub, or from local files given by --input),
     text, jsonl, parquet (your own files), or OWNER/NAME or OWNER/NAME:CONFIGURATION, any other set of the Hub."""
 
     input: tuple[str, ...] = ()
@@ -87,7 +88,7 @@ class PrepareSettings:
             check_choice("--prompt_template", self.prompt_template, (*TEMPLATE_NAMES, MODEL_TEMPLATE))
         if self.source in NEED_INPUT and not self.input:
             raise ValueError(f"--source {self.source} reads your own files: name them with --input")
-        if self.source.startswith("pydocs") and self.input:
+        if self.source in EMBEDDED and self.input:
             raise ValueError(f"--source {self.source} takes no --input; for your own files use --source text or jsonl")
         if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
             raise ValueError(f"--val_fraction {self.val_fraction}: expected at least 0 and less than 1")

@@ -105,6 +105,10 @@ def record_rows(source: str, paths: Sequence[str] = ()) -> Iterator[Row]:
         from data.pydocs import pydocs_records
 
         yield from ((f"pydocs-qa record {number}", record) for number, record in enumerate(pydocs_records(), start=1))
+    elif source == "arithmetic":
+        from data.arithmetic import arithmetic_records
+
+        yield from ((f"arithmetic record {number}", record) for number, record in enumerate(arithmetic_records(), 1))
     else:
         yield from _rows(source, paths)
 
@@ -114,7 +118,7 @@ def _fixed_format(source: str) -> str | None:
         return "text" if source == "text" else None
     if source in HUB_SETS:
         return HUB_SETS[source].format
-    return {"pydocs": "text", "pydocs-qa": "instruction"}.get(source)
+    return {"pydocs": "text", "pydocs-qa": "instruction", "arithmetic": "instruction"}.get(source)
 
 
 def _hub_set(source: str) -> HubSet:
