@@ -192,6 +192,20 @@ def load_checkpoint(path: str | Path, *, require_digest: bool = False) -> dict[s
     return payload
 
 
+def peek(path: str | Path, entry: str) -> Any:
+    """One entry of a checkpoint whose digest is not checked, so that nothing but that entry is read from the disk.
+
+    For a look at what a file is; what is worked with comes from `load_checkpoint`. Errors as there.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    payload = _read(path, shown=path)
+    if entry not in payload:
+        raise ValueError(f"{path}: is not a checkpoint of this project: it holds no {entry}")
+    return payload[entry]
+
+
 def is_full(payload: dict[str, Any]) -> bool:
     """Whether a checkpoint holds the training state, so that a run can go on from it."""
     return all(key in payload for key in TRAINING_KEYS)

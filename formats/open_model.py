@@ -13,7 +13,7 @@ from data.chat import Template, stop_ids
 from data.templates import template_from_spec
 from data.tokenizer import Tokenizer, tokenizer_from_spec
 from formats.adapter import base_candidates, base_entry, check_base, is_adapter, put_on
-from formats.checkpoint import load_checkpoint
+from formats.checkpoint import load_checkpoint, peek
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.tuning import trainable_report
@@ -96,6 +96,30 @@ def _from_peft(folder: Path, base_model: str | Path | None) -> dict[str, Any]:
     return {**payload, "tokenizer": base.get("tokenizer"), "template": base.get("template"), "in_memory": True}
 
 
+def read_config(ref: str | Path) -> GPTConfig:
+    """The network of whatever model `ref` names, an adapter's base included, without reading weights or vocabulary.
+
+    A published table may have rows that its tokenizer lacks; they are counted here and left out when the model is
+    opened. A Hub name is fetched as a whole. Errors as `load_payload`.
+    """
+    path = _local(ref)
+    if (path / PEFT_CONFIG).is_file():
+        from formats.peft import peft_base
+
+        return read_config(peft_base(path))
+    if path.is_dir():
+        from formats.hf_config import to_gpt_config
+        from formats.hf_folder import read_object
+
+        return to_gpt_config(read_object(path, "config.json") or {}, str(path / "config.json"))[0]
+    if is_gguf(path):
+        from formats.gguf_header import read_gguf_header
+        from formats.gguf_read import read_config as read_gguf_config
+
+        return read_gguf_config(read_gguf_header(path))[0]
+    return _config_of(peek(path, "config"), path)
+
+
 def load_any_tokenizer(ref: str | Path) -> Tokenizer:
     """The tokenizer of whatever model `ref` names, without reading its weights. Errors as `load_payload`."""
     path = _local(ref)
@@ -165,12 +189,7 @@ def build_model(
     if is_adapter(payload):
         base = load_base(payload, Path(path), base_model)
         return put_on(build_model(base, path, **overrides), payload, Path(path))
-    if not isinstance(payload["config"], dict):
-        raise ValueError(f"{path}: its config is a {type(payload['config']).__name__}, expected a dict")
-    try:
-        config = GPTConfig.from_dict({**payload["config"], **overrides})
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: its config does not describe a network: {error}") from None
+    config = _config_of(payload["config"], path, **overrides)
     with torch.device("meta"):  # no memory, no random numbers: every weight is replaced
         model = GPT(config)
     check_weights(model, payload["model"], path)
@@ -179,6 +198,15 @@ def build_model(
     weights = {name: tensor.to(torch.float32, copy=copy) for name, tensor in payload["model"].items()}
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(True)
+
+
+def _config_of(values: object, path: str | Path, **overrides: Any) -> GPTConfig:
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: its config is a {type(values).__name__}, expected a dict")
+    try:
+        return GPTConfig.from_dict({**values, **overrides})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: its config does not describe a network: {error}") from None
 
 
 def load_base(payload: dict[str, Any], path: Path, base_model: str | Path | None = None) -> dict[str, Any]:
