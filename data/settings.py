@@ -22,8 +22,9 @@ class PrepareSettings:
 
     source: str = "pydocs"
     """pydocs, pydocs-qa (the documentation of this Python, as text and as questions with answers; no network needed),
-    arithmetic (all sums of two numbers below 100, which a reward can check), dolly15k, fineweb-edu, wikitext, c4 (from the Hugging Face Hub, or from local files given by --input),
-    text, jsonl, parquet (your own files), or OWNER/NAME or OWNER/NAME:CONFIGURATION, any other set of the Hub."""
+    arithmetic (all sums of two numbers below 100, which a reward can check), dolly15k, fineweb-edu, wikitext, c4 (from
+    the Hugging Face Hub, or from local files given by --input), text, jsonl, parquet (your own files), or OWNER/NAME or
+    OWNER/NAME:CONFIGURATION, any other set of the Hub."""
 
     input: tuple[str, ...] = ()
     """Files or folders to read (folders recursively, in sorted order). A .gz file is read as what it holds."""
@@ -75,6 +76,19 @@ class PrepareSettings:
     users in a row or an unknown role. skip leaves them out and counts them. Records without a question or an answer
     are always left out and counted; broken JSON is always an error."""
 
+    clean: bool = False
+    """Repair Unicode and white space, leave out what is empty, too long or there before, and say what went and why."""
+
+    duplicate_similarity: float = 0.8
+    """With --clean: from which similarity of its question and of its answer a record is a near duplicate. 1 leaves out
+    exact duplicates only."""
+
+    max_characters: int = 100_000
+    """With --clean: a longer record is left out."""
+
+    strip_punctuation: bool = False
+    """With --clean: take out of records whatever is no letter, digit or space. It takes code and formulas apart."""
+
     max_documents: int | None = None
     """Stop after so many documents. Default: all."""
 
@@ -90,9 +104,13 @@ class PrepareSettings:
             raise ValueError(f"--source {self.source} reads your own files: name them with --input")
         if self.source in EMBEDDED and self.input:
             raise ValueError(f"--source {self.source} takes no --input; for your own files use --source text or jsonl")
+        if not 0 < self.duplicate_similarity <= 1:
+            raise ValueError(f"--duplicate_similarity {self.duplicate_similarity}: expected more than 0, at most 1")
+        if self.strip_punctuation and not self.clean:
+            raise ValueError("--strip_punctuation is a part of --clean: give both")
         if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
             raise ValueError(f"--val_fraction {self.val_fraction}: expected at least 0 and less than 1")
-        for name in ("shard_size", "workers", "max_documents", "max_length"):
+        for name in ("shard_size", "workers", "max_documents", "max_length", "max_characters"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value}: expected at least 1")

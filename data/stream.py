@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
+from data.clean import Cleaner
 from data.encode import DAMAGED, SKIP_REMEDY, Item
 from data.records import Unusable, sample_of
 from data.settings import PrepareSettings
@@ -25,9 +26,11 @@ class ItemStream:
         self.settings, self.format, self.val_fraction = settings, format, val_fraction
         self.what = "documents" if format == "text" else "records"
         self.left_out: Counter[str] = Counter()  # why -> how many
+        self.cleaner: Cleaner | None = None
 
     def __iter__(self) -> Iterator[Item]:
         self.left_out = Counter()
+        self.cleaner = Cleaner(self.settings) if self.settings.clean else None
         return self._pieces() if self.format == "text" else self._samples()
 
     def report(self, splits: dict[str, Any]) -> None:
@@ -35,6 +38,8 @@ class ItemStream:
         where = ", ".join(self.settings.input) or self.settings.source
         for why, count in self.left_out.items():
             logger.warning("left out %s %s %s", f"{count:,}", self.what, why)
+        for what, count in (self.cleaner.changed if self.cleaner else {}).items():
+            logger.warning("%s %s %s", f"{count:,}", self.what, what)
         if not splits[TRAIN]["documents"]:
             validates = splits[VAL]["documents"]
             hint = f", only {validates} for validation; try --val_fraction 0" if validates else ""
@@ -51,6 +56,8 @@ class ItemStream:
         for where, row in record_rows(self.settings.source, self.settings.input):
             try:
                 sample = sample_of(row, self.format, where)
+                if self.cleaner is not None:
+                    sample = self.cleaner.sample(sample)
             except Unusable as reason:
                 self.left_out[reason.why] += 1
                 continue
@@ -73,12 +80,19 @@ class ItemStream:
             if piece.begins and piece.ends and (not piece.text or piece.text.isspace()):
                 self.left_out["without text"] += 1
                 continue
+            text = piece.text
+            if self.cleaner is not None:
+                try:
+                    text = self.cleaner.document(text, is_whole=piece.begins and piece.ends)
+                except Unusable as reason:
+                    self.left_out[reason.why] += 1
+                    continue
             started += piece.begins
             if self.settings.max_documents and started > self.settings.max_documents:
                 return
             after = self._is_val(next(index))
             begins, ends = piece.begins or before != is_val, piece.ends or after != is_val
-            yield Item(VAL if is_val else TRAIN, piece.text, begins, ends)
+            yield Item(VAL if is_val else TRAIN, text, begins, ends)
             before, is_val = is_val, after
 
 
