@@ -76,6 +76,7 @@ def prepare(
             logger.warning("%s %s %s", f"{count:,}", stream.what, what)
         meta = _meta(settings, format, val_fraction, tokenizer, renderer, splits)
         meta["left_out"], meta["cut"] = dict(stream.left_out), dict(cut)
+        meta["augmented"] = stream.augmented
         meta["cleaned"] = dict(stream.cleaner.changed) if stream.cleaner else None
         _write_tokenizer(staging, tokenizer)
         write_manifest(staging, meta)

@@ -12,6 +12,7 @@ SOURCES = (*EMBEDDED, "dolly15k", "fineweb-edu", "wikitext", "c4", "text", "json
 NEED_INPUT = ("text", "jsonl", "parquet")
 FORMATS = ("auto", "text", "instruction", "sharegpt", "messages", "code", "preference", "prompts")
 MODEL_TEMPLATE = "model"
+WORDNET = "wordnet"
 _JINJA = (".jinja", ".jinja2", ".j2")
 _HUB_SET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
@@ -89,6 +90,14 @@ class PrepareSettings:
     strip_punctuation: bool = False
     """With --clean: take out of records whatever is no letter, digit or space. It takes code and formulas apart."""
 
+    augment_ratio: float = 0.0
+    """Share of the training records that get a second copy with the question said in another way: put into another
+    frame, or with synonyms for some words where there is a --thesaurus. Answers stay as they are."""
+
+    thesaurus: str | None = None
+    """With --augment_ratio: a file with a word and its synonyms a line, with commas between, or wordnet (through nltk,
+    where it is installed)."""
+
     max_documents: int | None = None
     """Stop after so many documents. Default: all."""
 
@@ -108,6 +117,10 @@ class PrepareSettings:
             raise ValueError(f"--duplicate_similarity {self.duplicate_similarity}: expected more than 0, at most 1")
         if self.strip_punctuation and not self.clean:
             raise ValueError("--strip_punctuation is a part of --clean: give both")
+        if not 0 <= self.augment_ratio <= 1:
+            raise ValueError(f"--augment_ratio {self.augment_ratio}: expected 0 to 1")
+        if self.thesaurus is not None and not self.augment_ratio:
+            raise ValueError("--thesaurus is for --augment_ratio, which is 0: give both")
         if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
             raise ValueError(f"--val_fraction {self.val_fraction}: expected at least 0 and less than 1")
         for name in ("shard_size", "workers", "max_documents", "max_length", "max_characters"):

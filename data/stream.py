@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
+from data.augment import Augmenter
 from data.clean import Cleaner
 from data.encode import DAMAGED, SKIP_REMEDY, Item
 from data.records import Unusable, sample_of
@@ -27,9 +28,15 @@ class ItemStream:
         self.what = "documents" if format == "text" else "records"
         self.left_out: Counter[str] = Counter()  # why -> how many
         self.cleaner: Cleaner | None = None
+        self.augmented = 0  # copies that were added
+        self._augmenter = None
+        if settings.augment_ratio:
+            if format == "text":
+                raise ValueError("--augment_ratio changes the questions of records, and this is text")
+            self._augmenter = Augmenter(settings.augment_ratio, settings.thesaurus, settings.seed)
 
     def __iter__(self) -> Iterator[Item]:
-        self.left_out = Counter()
+        self.left_out, self.augmented = Counter(), 0
         self.cleaner = Cleaner(self.settings) if self.settings.clean else None
         return self._pieces() if self.format == "text" else self._samples()
 
@@ -68,7 +75,12 @@ class ItemStream:
                 continue
             if index == self.settings.max_documents:
                 return
-            yield Item(VAL if self._is_val(index) else TRAIN, sample)
+            split = VAL if self._is_val(index) else TRAIN
+            yield Item(split, sample)
+            copy = self._augmenter.copy(sample, index) if self._augmenter and split == TRAIN else None
+            if copy is not None:
+                self.augmented += 1
+                yield Item(TRAIN, copy)
             index += 1
 
     def _pieces(self) -> Iterator[Item]:
