@@ -9,6 +9,7 @@ python prepare_data.py --source jsonl --input chat.jsonl --tokenizer MODEL --pro
 python prepare_data.py inspect pydocs-qa --block_size 256
 """
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -42,7 +43,8 @@ def inspect(settings: InspectSettings) -> None:
     """Print what a set holds."""
     from data.inspect import inspect_dataset
 
-    print(inspect_dataset(settings.data_dir, settings.block_size, settings.records))
+    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ  # https://no-color.org
+    print(inspect_dataset(settings.data_dir, settings.block_size, settings.records, color=color))
 
 
 def _of_model(settings: PrepareSettings) -> "tuple[Tokenizer | None, Template | None]":

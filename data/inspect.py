@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.answer_windows import PairWindows, PromptWindows
+from data.chat import stop_ids
 from data.manifest import read_manifest, resolve_data_dir
 from data.packing import pack
 from data.shards import TokenSet, open_dataset
+from data.templates import template_from_spec
 from data.windows import supervised_counts
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
 
 _BAR = 40  # characters of the longest bar
-_GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
+_GREEN, _RED, _PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[0m"
+_BLOCK = 4 << 20  # tokens looked at at a time
 
 
 def inspect_dataset(
@@ -25,8 +29,9 @@ def inspect_dataset(
 ) -> str:
     """Check the set at `data_dir` whole and describe it.
 
-    Counts and lengths of each split; what is cut and how full packed rows are at `block_size` tokens; the first
-    `n_records` records of the first split, decoded, with supervised tokens [[marked]], or green with `color`.
+    Counts and lengths of each split; what is cut and how full packed rows are at `block_size` tokens; warnings where
+    nothing is supervised or no end is learnt; what padding is; the first `n_records` records or pairs of the first
+    split, decoded, with supervised tokens [[marked]], or with `color` green, of a rejected answer red.
     Raises ValueError as `open_dataset` does.
     """
     from data.tokenizer import load_tokenizer
@@ -41,7 +46,9 @@ def inspect_dataset(
     tokenizer = load_tokenizer(str(folder))
     parts = [_heading(str(folder), meta), _table(splits)]
     for split in splits:
-        parts += [_histogram(split), _at_block_size(split, block_size)]
+        parts += [_histogram(split), _at_block_size(split, block_size), *_findings(split, tokenizer)]
+    if meta["kind"] in ("instruction", "preference"):
+        parts.append(_padding(meta, tokenizer))
     if n_records:
         parts.append(_records(splits[0], tokenizer, n_records, block_size, color))
     return "\n\n".join(parts)
@@ -89,6 +96,12 @@ def _at_block_size(split: TokenSet, block_size: int) -> str:
     title = f"{split.split} at --block_size {block_size}: "
     needed = np.diff(split.document_starts) - 1  # slots: the last token is a target only
     longer = _share(needed > block_size)
+    if split.meta["kind"] in ("preference", "prompts"):
+        cut_windows = PairWindows if split.meta["kind"] == "preference" else PromptWindows
+        try:
+            return title + cut_windows(split, block_size, None).describe()
+        except ValueError as error:  # not one fits
+            return f"{title}{error}"
     if split.meta["kind"] == "text":
         windows = -(-(split.n_tokens - 1) // block_size)
         return f"{title}{windows:,} windows; {longer} documents are longer than one"
@@ -111,26 +124,109 @@ def _share(which: np.ndarray) -> str:
     return f"{int(which.sum()):,} ({which.mean():.1%})"
 
 
+def _findings(split: TokenSet, tokenizer: "Tokenizer") -> list[str]:
+    """Warnings on answers that teach nothing, or not where to stop."""
+    if split.meta["kind"] not in ("instruction", "preference"):
+        return []
+    ends = stop_ids(template_from_spec(split.meta["template"]), tokenizer)
+    supervised, learnt = _supervised_and_ends(split, ends)
+    found = []
+    if not supervised.all():
+        found.append(f"{_share(supervised == 0)} documents have no supervised token, so nothing is learnt from them")
+    endless = (supervised > 0) & (learnt == 0)
+    if endless.any():
+        names = ", ".join(_harmless(tokenizer.decode([token])) for token in ends)
+        which = (
+            "no end token is learnt in any document" if endless.all() else f"{_share(endless)} documents teach no end"
+        )
+        found.append(
+            f"{which}: none of {names} is supervised there, so a model would not learn to stop; either the "
+            "answers were cut, or what the template writes behind them is no token of this tokenizer"
+        )
+    return [f"{split.split}: warning: {text}" for text in found]
+
+
+def _supervised_and_ends(split: TokenSet, ends: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """How many tokens of each document are supervised, and how many of these end an answer: int64 (documents,) each."""
+    bounds = split.document_starts
+    counts = np.zeros((2, split.n_documents), dtype=np.int64)
+    first = 0
+    while first < split.n_documents:  # a block of documents at a time: constant memory
+        last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + _BLOCK)) - 1)
+        start, stop = int(bounds[first]), int(bounds[last])
+        mask = split.mask(start, stop)
+        is_end = np.isin(split.tokens(start, stop), ends) & (mask > 0)
+        for row, values in enumerate((mask, is_end)):
+            counts[row, first:last] = np.add.reduceat(values, bounds[first:last] - start, dtype=np.int64)
+        first = last
+    return counts[0], counts[1]
+
+
+def _padding(meta: dict[str, Any], tokenizer: "Tokenizer") -> str:
+    """What fills up rows, and whether that can be mistaken for the end of an answer."""
+    ends = stop_ids(template_from_spec(meta["template"]), tokenizer)
+    name = f"{tokenizer.decode([meta['eot_id']])} (id {meta['eot_id']})"
+    text = f"padding: rows are filled up with {name}, which is never supervised and never attended to"
+    others = [_harmless(tokenizer.decode([token])) for token in ends if token != meta["eot_id"]]
+    if others:
+        return f"{text}; answers may end with {', '.join(others)} as well"
+    return (
+        f"{text}. The same token ends answers: padding is told by its place, not by its id, so that such an end is "
+        "learnt all the same; a program that masks every pad token by its id would lose it"
+    )
+
+
 def _records(split: TokenSet, tokenizer: "Tokenizer", n_records: int, block_size: int, color: bool) -> str:
-    if not split.has_mask:
-        title = f"The first records of {split.split} (every token is supervised)"
-    else:
-        title = f"The first records of {split.split} ({'green' if color else '[[marked]]'} = supervised)"
-    blocks = [title]
-    for number in range(min(n_records, split.n_documents)):
-        start, end = (int(bound) for bound in split.document_starts[number : number + 2])
-        shown = min(end, start + block_size)
-        ids, mask = split.tokens(start, shown), split.mask(start, shown)
-        text = "".join(_marked(ids, mask, tokenizer, color)) if split.has_mask else _harmless(tokenizer.decode(ids))
-        if shown < end:
-            text += f" ... ({end - shown:,} more tokens)"
-        blocks.append(f"--- {number}: {end - start:,} tokens, {int(split.mask(start, end).sum()):,} supervised\n{text}")
+    is_pairs = split.meta["kind"] == "preference"
+    what = "pairs" if is_pairs else "records"
+    marks = "every token is supervised"
+    if split.has_mask:
+        marks = ("green, of rejected answers red" if is_pairs else "green") if color else "[[marked]]"
+        marks += " = supervised"
+    blocks = [f"The first {what} of {split.split} ({marks})"]
+    for number in range(min(n_records, split.n_documents // (1 + is_pairs))):
+        show = _pair if is_pairs else _record
+        blocks.append(show(split, tokenizer, number, block_size, color))
     return "\n\n".join(blocks)
 
 
-def _marked(ids: np.ndarray, mask: np.ndarray, tokenizer: "Tokenizer", color: bool) -> Iterator[str]:
-    """The text of each run of tokens with equal mask, the supervised ones between marks."""
-    before, after = (_GREEN, _PLAIN) if color else ("[[", "]]")
+def _record(split: TokenSet, tokenizer: "Tokenizer", number: int, block_size: int, color: bool) -> str:
+    start, end = _bounds(split, number)
+    text = _shown(split, tokenizer, start, end, block_size, _GREEN if color else "")
+    return f"--- {number}: {end - start:,} tokens, {int(split.mask(start, end).sum()):,} supervised\n{text}"
+
+
+def _pair(split: TokenSet, tokenizer: "Tokenizer", number: int, block_size: int, color: bool) -> str:
+    """The prompt once, and both answers under it."""
+    sides = [_bounds(split, 2 * number), _bounds(split, 2 * number + 1)]
+    counts = [int(split.mask(start, end).sum()) for start, end in sides]
+    prompt = int(split.mask(*sides[0]).argmax())
+    text = _shown(split, tokenizer, sides[0][0], sides[0][0] + prompt, block_size, "")
+    lines = [f"--- {number}: {prompt:,} tokens of prompt, {counts[0]:,} chosen, {counts[1]:,} rejected\n{text}"]
+    for name, mark, (start, end) in zip(("chosen", "rejected"), (_GREEN, _RED), sides):
+        room = max(1, block_size - prompt)
+        lines.append(f"{name}: {_shown(split, tokenizer, start + prompt, end, room, mark if color else '')}")
+    return "\n".join(lines)
+
+
+def _bounds(split: TokenSet, number: int) -> tuple[int, int]:
+    start, end = split.document_starts[number : number + 2].tolist()
+    return start, end
+
+
+def _shown(split: TokenSet, tokenizer: "Tokenizer", start: int, end: int, limit: int, color: str) -> str:
+    """The tokens [start, end) as text, `limit` of them at most, the supervised ones marked or in `color`."""
+    shown = min(end, start + limit)
+    ids, mask = split.tokens(start, shown), split.mask(start, shown)
+    text = "".join(_marked(ids, mask, tokenizer, color)) if split.has_mask else _harmless(tokenizer.decode(ids))
+    return f"{text} ... ({end - shown:,} more tokens)" if shown < end else text
+
+
+def _marked(ids: np.ndarray, mask: np.ndarray, tokenizer: "Tokenizer", color: str) -> Iterator[str]:
+    """The text of each run of tokens with equal mask, the supervised ones in `color`, or between brackets without."""
+    before, after = (color, _PLAIN) if color else ("[[", "]]")
+    if len(ids) == 0:
+        return
     borders = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
     for start, end in itertools.pairwise(borders):
         text = _harmless(tokenizer.decode(ids[start:end].tolist()))

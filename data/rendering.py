@@ -48,8 +48,14 @@ class Renderer:
         """
         whole = [self._with_system(messages) for messages in (sample.messages, sample.rejected) if messages]
         documents = self._render(whole, tokenizer)
-        if self._fit(documents):
-            return documents, []
+        notes: list[str] = []
+        if not self._fit(documents):
+            documents, notes = self._shortened(sample.where, whole, tokenizer)
+        if self.kind == "preference" and documents[0] == documents[1]:  # a template may trim, a limit may cut
+            raise Unusable(sample.where, "whose two answers are equal")
+        return documents, notes
+
+    def _shortened(self, where: str, whole: Conversations, tokenizer: Tokenizer) -> tuple[list[Document], list[str]]:
         turns, conversations, documents = self._without_oldest_turns(whole, tokenizer)
         notes = [TURNS_CUT] if turns else []
         if not self._fit(documents):
@@ -59,7 +65,7 @@ class Renderer:
             notes.append(ANSWER_CUT)
             documents = [(ids[: self.max_length], mask[: self.max_length]) for ids, mask in documents]
             if not all(1 in mask for _, mask in documents):
-                raise Unusable(sample.where, f"with nothing to learn within --max_length {self.max_length}")
+                raise Unusable(where, f"with nothing to learn within --max_length {self.max_length}")
         return documents, notes
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
@@ -104,7 +110,7 @@ class Renderer:
         most = len(asked["content"]) + len(asked.get("context", ""))
 
         def documents(count: int) -> list[Document]:
-            return self._render(_shortened(conversations, count), tokenizer)
+            return self._render(_without_characters(conversations, count), tokenizer)
 
         room = None if self._fit(documents(most)) else self.max_length // 2
 
@@ -122,7 +128,7 @@ def _turn_starts(conversations: Conversations) -> list[int]:
     return [at for at, messages in enumerate(shared) if messages[0]["role"] == "user"]
 
 
-def _shortened(conversations: Conversations, count: int) -> Conversations:
+def _without_characters(conversations: Conversations, count: int) -> Conversations:
     """`count` characters fewer at the beginning of the first question, those of its context first."""
     return [
         [*messages[:at], _without(messages[at], count), *messages[at + 1 :]]

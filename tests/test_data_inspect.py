@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from data.inspect import inspect_dataset
+from data.prepare import prepare
+from data.settings import PrepareSettings
 from data.tokenizer import ByteTokenizer
 from tests.token_sets import edit_manifest, write_set
 
@@ -92,6 +94,78 @@ def test_supervised_tokens_are_marked_where_the_mask_is(tmp_path):
     assert "--- 2" not in text and "\x1b" not in text
     coloured = inspect_dataset(tmp_path, 100, 1, color=True)
     assert "Colour?\n\x1b[32mgrün<|endoftext|>\x1b[0m" in coloured and "[[" not in coloured
+
+
+def sections(text, kind):
+    return [line for line in text.split("\n\n") if line.startswith(kind)]
+
+
+def test_records_that_teach_nothing_or_no_end_are_warned_of(tmp_path):
+    good, (cut, mask) = record("Say:", "yes"), record("Say:", "no")
+    mute = (cut, [0] * len(cut))
+    endless = (cut[:-1], mask[:-1])
+    both = [good, good, mute, endless]
+    write_set(tmp_path / "some", [ids for ids, _ in both], masks=[mask for _, mask in both], kind="instruction")
+    found = sections(inspect_dataset(tmp_path / "some", 16, 0), "train: warning")
+    assert len(found) == 2
+    assert "1 (25.0%) documents have no supervised token" in found[0]
+    assert "1 (25.0%) documents teach no end: none of <|endoftext|> is supervised" in found[1]
+    write_set(tmp_path / "all", [endless[0]] * 3, masks=[endless[1]] * 3, kind="instruction")
+    assert "no end token is learnt in any document" in inspect_dataset(tmp_path / "all", 16, 0)
+    record_set(tmp_path / "none", [("Say:", "yes")] * 3)
+    assert "warning" not in inspect_dataset(tmp_path / "none", 16, 0)
+
+
+def test_warnings_do_not_depend_on_the_blocks_that_are_looked_at(tmp_path, monkeypatch):
+    texts = ["yes", "no" * 20, "y"] * 20
+    parts = [record("Say:", text) for text in texts]
+    masks = [mask if number % 3 else [0] * len(mask) for number, (_, mask) in enumerate(parts)]
+    write_set(tmp_path, [ids for ids, _ in parts], masks=masks, kind="instruction")
+    whole = inspect_dataset(tmp_path, 64, 0)
+    assert "20 (33.3%) documents have no supervised token" in whole
+    monkeypatch.setattr("data.inspect._BLOCK", 30)
+    assert inspect_dataset(tmp_path, 64, 0) == whole
+
+
+def test_an_end_that_is_no_token_of_the_vocabulary_is_found(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 3)
+    values = {"source": "jsonl", "input": (str(tmp_path / "a.jsonl"),), "tokenizer": "byte", "val_fraction": 0.0}
+    for template, warns in (("chatml", True), ("dolly", False)):
+        folder = tmp_path / template
+        prepare(PrepareSettings(**values, prompt_template=template, data_dir=str(folder)))
+        assert ("no end token is learnt" in inspect_dataset(folder, 64, 0)) is warns
+
+
+def test_what_padding_is_stands_there(tmp_path):
+    record_set(tmp_path / "a", [("Say:", "yes")])
+    (told,) = sections(inspect_dataset(tmp_path / "a", 16, 0), "padding")
+    assert "<|endoftext|> (id 256), which is never supervised" in told and "The same token ends answers" in told
+    write_set(tmp_path / "b", [[1, 2, 3]])
+    assert "padding:" not in inspect_dataset(tmp_path / "b", 16, 0)
+
+
+def test_pairs_are_shown_as_pairs(tmp_path):
+    sides = [record("Colour?\n", answer) for answer in ("blue", "red, or not", "green", "no")]
+    write_set(tmp_path, [ids for ids, _ in sides], masks=[mask for _, mask in sides], kind="preference")
+    text = inspect_dataset(tmp_path, 32, 5)
+    assert "The first pairs of train ([[marked]] = supervised)" in text
+    assert (
+        "--- 0: 8 tokens of prompt, 5 chosen, 12 rejected\nColour?\n\n"
+        "chosen: [[blue<|endoftext|>]]\nrejected: [[red, or not<|endoftext|>]]" in text
+    )
+    assert "--- 1: 8 tokens of prompt, 6 chosen, 3 rejected" in text and "--- 2" not in text
+    assert "train at --block_size 32: 2 pairs" in text
+    assert "chosen: [[blue]] ... (1 more tokens)" in inspect_dataset(tmp_path, 12, 1)
+    assert "no answer of its 2 pairs fits --block_size 2" in inspect_dataset(tmp_path, 2, 0)
+    coloured = inspect_dataset(tmp_path, 32, 1, color=True)
+    assert "chosen: \x1b[32mblue<|endoftext|>\x1b[0m\nrejected: \x1b[31mred, or not" in coloured
+
+
+def test_prompts_have_nothing_supervised_and_no_warning(tmp_path):
+    write_set(tmp_path, [[*b"Add 1.\n"], [*b"Add 22.\n"]], masks=[[0] * 7, [0] * 8], kind="prompts")
+    text = inspect_dataset(tmp_path, 7, 2)
+    assert "train at --block_size 7: 2 prompts, 1 with the beginning cut at 7 tokens" in text
+    assert "--- 0: 7 tokens, 0 supervised\nAdd 1.\n" in text and "warning" not in text and "[[m" in text
 
 
 def test_long_records_are_shown_up_to_the_block_size(tmp_path):

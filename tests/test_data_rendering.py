@@ -117,6 +117,15 @@ def test_both_of_a_pair_keep_the_same_prompt() -> None:
     assert max(len(text) for text, _ in texts) - len(END_OF_TEXT) + 1 == 120
 
 
+def test_answers_that_are_equal_as_documents_make_no_pair() -> None:
+    with pytest.raises(Unusable, match="whose two answers are equal"):
+        rendered(chat("a?", "b"), chat("a?", "b "), template=get_template("llama3"), kind="preference")
+    long, longer = chat("a?", "b" * 200), chat("a?", "b" * 201)
+    with pytest.raises(Unusable, match="whose two answers are equal"):
+        rendered(long, longer, kind="preference", max_length=100)
+    assert len(rendered(long, longer, kind="preference")[0]) == 2
+
+
 def test_turns_after_a_pair_has_parted_are_not_dropped() -> None:
     chosen, rejected = chat("a?", "yes", "b?", "c"), chat("a?", "no", "b?", "c")
     texts, notes = rendered(chosen, rejected, kind="preference", max_length=90, template=CHATML)
