@@ -72,6 +72,7 @@ def _template_of(ref: str) -> "Template":
     from formats.open_model import is_gguf
 
     path = Path(ref) if Path(ref).exists() else fetch_from_hub(ref)
+    template: Template | None
     if path.is_dir():
         template = read_hf_tokenizer(path)[1]
     elif is_gguf(path):

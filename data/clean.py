@@ -21,9 +21,12 @@ REPAIRED, TIDIED, STRIPPED = "had broken Unicode repaired", "had white space tid
 
 # Windows-1252 as browsers read it: its five holes are the control characters of Latin-1.
 _WINDOWS = {bytes([code]).decode("cp1252", "ignore") or chr(code): code for code in range(256)}
-_C1 = {code: bytes([code]).decode("cp1252", "ignore") for code in range(0x80, 0xA0)}
+_C1: dict[int, str | None] = {code: bytes([code]).decode("cp1252", "ignore") for code in range(0x80, 0xA0)}
 _CONTROLS = {code: None for code in (*range(32), 0x7F) if chr(code) not in "\t\n"}
-_INVISIBLE = {0xFEFF: None, 0x200B: None}  # byte order mark, zero-width space; joiners mean something in some scripts
+_INVISIBLE: dict[int, str | None] = {
+    0xFEFF: None,
+    0x200B: None,
+}  # byte order mark, zero-width space; joiners mean something in some scripts
 _CRLF = re.compile(r"\r\n?|[\u2028\u2029]")
 # UTF-8 read as Windows-1252, where no reading as text is possible: an a with circumflex before the sign of the euro,
 # or a capital A with tilde or circumflex inside a word of small letters, before a character that is no letter.

@@ -10,8 +10,9 @@ import pytest
 from data.cache import prepare_records_cache
 from data.chat import render_conversation
 from data.manifest import read_manifest
-from data.prepare import prepare
+from data.prepare import output_folder, prepare
 from data.records import KINDS, Unusable, format_of, sample_of
+from data.rendering import ANSWER_CUT
 from data.settings import PrepareSettings
 from data.shards import open_dataset
 from data.templates import TEMPLATES, get_template
@@ -292,6 +293,25 @@ def test_damage_stops_or_is_left_out_and_counted(tmp_path: Path, caplog: pytest.
     assert meta["splits"]["train"]["documents"] == 1
     assert meta["left_out"] == {"that are damaged": 2, "without an instruction or a response": 1}
     assert "left out 2 records that are damaged" in caplog.text
+
+
+def test_what_is_counted_does_not_depend_on_the_number_of_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.encode._BATCH_CHARACTERS", 200)
+    tools = {"messages": [ASK, BLUE, said("tool", "5"), YES]}
+    rows = [{"messages": [ASK, said("assistant", "x" * (9 * n))]} if n % 4 else tools for n in range(60)]
+    options = {"prompt_template": "dolly", "bad_records": "skip", "max_length": 200, "val_fraction": 0.1}
+    one, two = (made(tmp_path / f"set{workers}", rows, workers=workers, **options) for workers in (1, 2))
+    assert one["left_out"] == two["left_out"] == {"that are damaged": 15}
+    assert one["cut"] == two["cut"] and one["cut"][ANSWER_CUT] > 20
+    assert one["splits"] == two["splits"]
+
+
+def test_hub_sets_are_written_under_their_name(tmp_path: Path) -> None:
+    assert output_folder(PrepareSettings(source="some-one/chat.v1:part")).parts[-2:] == ("data", "chat.v1")
+    with pytest.raises(ValueError, match="Did you mean jsonl"):
+        PrepareSettings(source="json")
 
 
 def test_the_cache_knows_every_setting_that_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

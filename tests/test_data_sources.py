@@ -139,6 +139,16 @@ def test_parquet_gives_its_rows_over_row_groups(tmp_path: Path) -> None:
     assert texts("fineweb-edu", tmp_path) == [f"document {n}" for n in range(1000)]
 
 
+def test_parquet_gives_conversations_and_pairs(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    pair = {"prompt": "a", "chosen": turns, "rejected": [turns[0], {"role": "assistant", "content": "c"}]}
+    for name, row in (("messages", {"messages": turns}), ("preference", pair)):
+        path = tmp_path / f"{name}.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**row, "score": 1}] * 3), path)
+        assert source_format("parquet", [str(path)]) == name
+        assert [found for _, found in record_rows("parquet", [str(path)])] == [row] * 3
+
+
 def test_blank_lines_are_no_records(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('\n{"text": "a"}\n   \n{"text": null}\n\n')
     assert texts("jsonl", tmp_path / "a.jsonl") == ["a", ""]
@@ -312,6 +322,19 @@ def test_rows_of_the_hub_are_records_and_documents(monkeypatch: pytest.MonkeyPat
     assert list(records("dolly15k")) == [rows["dolly15k"]] * 2
     assert list(documents("c4")) == [Piece("web")] * 2
     assert list(documents("wikitext")) == [Piece(" = A = \n")] * 2
+
+
+def test_any_set_of_the_hub_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def stream(hub: sources.HubSet) -> Iterator[dict]:
+        asked.append((hub.path, hub.name))
+        return iter([{"messages": [], "source": "x"}])
+
+    monkeypatch.setattr(sources, "_hub_stream", stream)
+    assert source_format("some-one/chat.v1:part") == "messages"
+    assert list(record_rows("some-one/chat.v1")) == [("some-one/chat.v1 row 1", {"messages": [], "source": "x"})]
+    assert asked == [("some-one/chat.v1", "part"), ("some-one/chat.v1", None)]
 
 
 def test_a_stream_that_breaks_off_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
