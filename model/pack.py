@@ -30,6 +30,9 @@ def for_generation(model: GPT, weights: str = "float32") -> GPT:
         head = nn.Linear(model.config.n_embd, model.config.padded_vocab_size, bias=False, device="meta")
         head.weight = nn.Parameter(model.head_weight.detach(), requires_grad=False)
         model.head = QuantizedLinear(head, "int8")
+        for layer in model.modules():
+            if isinstance(layer, QuantizedLinear):
+                layer.reads_codes = True
     return model
 
 

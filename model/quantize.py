@@ -116,6 +116,8 @@ class QuantizedLinear(nn.Module):
         self.register_parameter("bias", base.bias)
         quantize, self._dequantize = _STORES[kind]
         stored = quantize(base.weight)
+        # int8 in a model that only generates: quicker than reading the weight back, but with x in bf16.
+        self.reads_codes = False
         self._codes_and_scales: tuple[Tensor, Tensor] | None = None  # of int8, as the kernel takes them
         self._names = [f"stored_{i}" for i in range(len(stored))]
         for name, tensor in zip(self._names, stored):
@@ -131,7 +133,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), in autocast's type or that of x."""
-        if self.kind == "int8" and is_decoding_step(x):
+        if self.reads_codes and is_decoding_step(x):
             return self._from_codes(x)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
