@@ -61,6 +61,6 @@ def open_reference(
         payload = load_base({"base": entry}, start.path, other)
         frozen = build_model(payload, entry["name"])
     else:
-        entry = base_entry(start.payload, str(start.path), folder)
+        entry = base_entry({"model": model.state_dict()}, str(start.path), folder)
         frozen = copy.deepcopy(model)
     return Reference(model, frozen.eval().requires_grad_(False)), {"reference": entry}
