@@ -25,6 +25,7 @@ from training.network import Network, build_network
 from training.objectives.build import build_objective, check_data
 from training.objectives.objective import Objective
 from training.optimizer import build_optimizers, load_optimizer_state
+from training.plan import out_of_memory, show_plan
 from training.progress import Progress
 from training.recorder import Recorder
 from training.run_folder import RunFolder
@@ -58,17 +59,19 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
 def _run(settings: RunSettings) -> dict[str, Any]:
     here = setup_distributed(settings.device)
     console, folder = Console(here.is_main), RunFolder(settings.log_dir)
+    settings = with_preset_defaults(settings)
     try:
+        if settings.plan:
+            return show_plan(settings, here.device, here.world_size, console.say)
         with StopRequest() as stop:
             if here.is_main:
                 folder.open()
             here.barrier()
-            return _Run(with_preset_defaults(settings), here, console, folder, stop).run()
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"out of memory: {str(error).splitlines()[0]} Remedies, in this order: a smaller --batch_size "
-            "(accumulation makes up for it), --gradient_checkpointing, a smaller --block_size, a smaller --preset"
-        ) from None
+            return _Run(settings, here, console, folder, stop).run()
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # as a CPU says
+            raise
+        raise ValueError(out_of_memory(settings, here.device, here.world_size, error)) from None
     finally:
         console.close()
         folder.close()

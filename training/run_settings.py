@@ -112,6 +112,8 @@ class RunSettings:
     """torch.set_float32_matmul_precision: high allows TF32 on a GPU."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
+    plan: bool = False
+    """Print what the run will take in memory and what would save how much, and stop: nothing is loaded."""
     wandb: bool = False
     """Log to Weights & Biases too (WANDB_MODE=offline needs no account)."""
     wandb_project: str = "espalier"

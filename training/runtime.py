@@ -67,11 +67,16 @@ def keep_freed_memory() -> bool:
     The step of a 124M GPT frees and asks again for buffers of up to 150 MB; as fresh pages they are zeroed by the
     kernel each time. Returns whether it was done (Linux with glibc, unless ESPALIER_MALLOC=default).
     """
-    if platform.libc_ver()[0] != "glibc" or os.environ.get("ESPALIER_MALLOC") == "default":
+    if not keeps_freed_memory():
         return False
     mallopt = ctypes.CDLL(None).mallopt
     # 1 GiB is the largest that both accept on 64 bits; larger blocks still go to mmap.
     return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+def keeps_freed_memory() -> bool:
+    """Whether `keep_freed_memory` does anything here."""
+    return platform.libc_ver()[0] == "glibc" and os.environ.get("ESPALIER_MALLOC") != "default"
 
 
 def peak_memory_mb(device: torch.device) -> float:

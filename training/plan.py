@@ -1,0 +1,363 @@
+"""What a run will take in memory, worked out from sizes alone, before anything is loaded.
+
+Counted in bytes, with N = rows x tokens of one micro-batch, C = n_embd, H and K = the query and key/value heads times
+head_dim, M = mlp_dim, V = rows of the head; f = 4 in float32, 2 under autocast:
+
+    weights      4 each; a quantised base as it is stored; under autocast f more for each matrix, its cast copy
+    gradients    4 for each number that trains
+    optimizer    AdamW 8, Muon 4, for each number that trains
+    activations  what a block keeps for backward, if the stream before it has a gradient or something in it trains:
+                 each norm keeps its input (4 N C; RMSNorm the normalised input too, where its gain trains), and its
+                 output (f N C) is kept where a matrix behind it trains or has LoRA; attention keeps q, k, v, its
+                 output and a log-sum a head (f N (2 H + 2 K) + 4 N heads), the MLP its up and gate (f N M each: the
+                 activation is computed again). LoRA's dropout adds a mask of one byte, DoRA the output; an adapter
+                 its input; a dropout of the network 4 N C twice; a packed row a mask of 4 T for each token and layer,
+                 and attention with dropout on a CPU three times all T x T scores. A block below everything that
+                 trains keeps nothing. With gradient checkpointing a block keeps its input alone (4 N C) and, one
+                 block at a time, the rest
+    logits       those of one piece of the loss (see model/loss.py), or, where that is more, what one block's backward
+                 holds for a moment (3 N M, SwiGLU 5 N M); the gradient of the stream (2 N C), and of the head where
+                 another micro-batch's is there already
+
+    allocator    on a CPU under glibc, whose freed memory is kept for speed (see training/runtime.py): 0.65 of what all
+                 blocks keep without gradient checkpointing, in holes that are not used again
+
+The peak is weights, optimizer and allocator and the larger of two moments: the end of forward (activations, logits,
+gradients of micro-batches before) and the end of backward (all gradients, one block's passing arrays). Left out are the
+libraries (0.3 GB on a CPU, more on a GPU), the data, and for GRPO the cache of generation. Compared with runs on a CPU
+only; for a GPU it is an estimate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from formats.open_model import read_config
+from model.adapters import Bottleneck
+from model.config import GPTConfig, preset
+from model.gpt import GPT, Block
+from model.lora import LoraLayer
+from model.loss import chunk_rows
+from model.tuning import METHODS, apply_method, trainable_report
+from training.network import chosen_method
+from training.run_settings import FinetuneSettings, RunSettings
+from training.runtime import keeps_freed_memory
+from training.settings import is_explicit
+from training.step_plan import check_settings
+
+# Of what the blocks keep: 0.58 to 0.74 in seven runs on glibc 2.36, whose posix_memalign does not take a hole for an
+# array of the very size that was freed there.
+_HOLES = 0.65
+_FILL = 0.9  # of the memory that is free, which a batch may take
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a run on one device."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    passing: int  # what one block's backward holds for a moment
+    earlier_gradients: int  # at the end of forward: of micro-batches before, or of the head alone
+    allocator: int  # freed, but not given back
+    trainable: int  # numbers
+    parameters: int
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        forward_ends = self.activations + self.logits + self.earlier_gradients
+        backward_ends = self.gradients + self.passing
+        return self.weights + self.optimizer + self.allocator + max(forward_ends, backward_ends)
+
+
+def plan_memory(settings: RunSettings, config: GPTConfig, device: str = "cpu", world_size: int = 1) -> MemoryPlan:
+    """The memory that a run of `settings` on a network of `config` takes on each of `world_size` devices.
+
+    `device` is "cpu" or "cuda". ValueError where the method cannot be applied.
+    """
+    with torch.device("meta"):  # sizes without numbers
+        model = GPT(dataclasses.replace(config, dropout=settings.dropout))
+        if isinstance(settings, FinetuneSettings):
+            apply_method(model, settings.finetune_method, chosen_method(settings), fresh=False)
+    trainable, total = trainable_report(model)
+    mixed = _is_mixed(settings, device)
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    if mixed:
+        weights += 2 * sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    kept = _Kept(settings, model, device, mixed)
+    accumulates = _micro_batches(settings, config, world_size) > 1
+    head = 4 * model.head_weight.numel() if model.head_weight.requires_grad else 0
+    pieces = min(chunk_rows(config.padded_vocab_size, device), kept.tokens) * config.padded_vocab_size * 4
+    return MemoryPlan(
+        weights=weights + _reference(settings, weights),
+        gradients=4 * trainable,
+        optimizer=_optimizer_bytes(settings, model),
+        activations=kept.activations(settings.gradient_checkpointing),
+        logits=max(pieces, kept.passing()) + 8 * kept.tokens * config.n_embd + (head if accumulates else 0),
+        passing=kept.passing() + 8 * kept.tokens * config.n_embd,
+        earlier_gradients=4 * trainable if accumulates else head,
+        allocator=int(_HOLES * kept.activations(False)) if device == "cpu" and keeps_freed_memory() else 0,
+        trainable=trainable,
+        parameters=total,
+    )
+
+
+class _Kept:
+    """What forward keeps for backward."""
+
+    def __init__(self, settings: RunSettings, model: GPT, device: str, mixed: bool) -> None:
+        self.settings, self.model, self.device = settings, model, device
+        self.rows = settings.batch_size * _rows_each(settings)
+        self.length = min(settings.block_size, model.context_length)
+        self.tokens = self.rows * self.length
+        self.size = 2 if mixed else 4  # bytes of what matmuls take and give
+        self.masked = isinstance(settings, FinetuneSettings)  # records, of which each row holds several
+
+    def activations(self, checkpointing: bool) -> int:
+        """Bytes of all blocks and of the last norm."""
+        width = 4 * self.tokens * self.model.config.n_embd
+        stream = self.model.wte.weight.requires_grad or self.model.prompt is not None
+        blocks, inputs = [], 0
+        for block in self.model.h:
+            assert isinstance(block, Block)
+            kept, leaves = self._block(block, stream)
+            inputs += width if stream and kept else 0
+            stream = leaves
+            blocks.append(kept)
+        last = width * _norm_copies(self.model.ln_f, stream)
+        if checkpointing:
+            return inputs + max(blocks) + last
+        return sum(blocks) + last + (width if self.settings.dropout else 0)
+
+    def passing(self) -> int:
+        """Bytes that one block's backward holds for a moment."""
+        widest = max(self.model.config.layer(i).mlp_dim for i in range(self.model.config.n_layer))
+        return (5 if self.model.config.mlp == "swiglu" else 3) * self.size * self.tokens * widest
+
+    def _block(self, block: Block, stream: bool) -> tuple[int, bool]:
+        """Bytes that a block keeps, and whether the stream behind it has a gradient; `stream`: before it."""
+        N, kept = self.tokens, 0
+        if block.attn is not None:
+            attn = block.attn
+            linears = [attn.q_proj, attn.k_proj, attn.v_proj]
+            kept += self._read(block.ln_1, linears, stream)
+            if stream or self.model.prompt is not None or any(map(_trains, linears)):
+                heads, groups, _ = attn.heads
+                stream = True
+                kept += N * (self.size * 2 * (heads + groups) * attn.head_dim + 4 * heads)
+                kept += self._scores(heads)
+                kept += self._lora([attn.o_proj])
+            stream = stream or _trains(attn.o_proj) or hasattr(attn, "adapter")
+            kept += self._added(attn, stream)
+        if block.mlp is not None:
+            mlp = block.mlp
+            linears = [linear for linear in (mlp.gate_proj, mlp.up_proj) if linear is not None]
+            kept += self._read(block.ln_2, linears, stream)
+            if stream or any(map(_trains, linears)):
+                stream = True
+                kept += self.size * N * sum(linear.out_features for linear in linears)
+            stream = stream or _trains(mlp.down_proj) or hasattr(mlp, "adapter")
+            kept += self._added(mlp, stream)
+        if hasattr(block, "adapter"):
+            kept += self._added(block, stream)
+            stream = True
+        return kept, stream
+
+    def _read(self, norm: nn.Module | None, linears: list[Any], stream: bool) -> int:
+        """A norm and the matrices behind it."""
+        assert norm is not None
+        width = self.tokens * self.model.config.n_embd
+        return (
+            4 * width * _norm_copies(norm, stream)
+            + (self.size * width if any(map(_trains, linears)) else 0)
+            + self._lora(linears)
+        )
+
+    def _lora(self, linears: list[Any]) -> int:
+        """LoRA's dropout masks, its thin middle, and with DoRA the outputs."""
+        kept = 0
+        for layer in linears:
+            if isinstance(layer, LoraLayer):
+                kept += self.tokens * (layer.in_features if layer.dropout else 0)
+                kept += self.size * self.tokens * layer.lora_A.size(0)
+                kept += self.size * self.tokens * layer.out_features if layer.lora_magnitude is not None else 0
+        return kept
+
+    def _scores(self, heads: int) -> int:
+        """The mask of packed rows; and all scores three times where attention with dropout is not fused."""
+        mask = 4 * self.tokens * self.length if self.masked or self.model.prompt is not None else 0
+        unfused = self.settings.dropout > 0 and self.device == "cpu"
+        return 3 * 4 * self.tokens * self.length * heads if unfused else mask
+
+    def _added(self, module: nn.Module, stream: bool) -> int:
+        """Behind attention, the MLP or a block: an adapter, and the network's dropout."""
+        width = self.tokens * self.model.config.n_embd
+        adapter = getattr(module, "adapter", None)
+        kept = 4 * width if self.settings.dropout and stream and not isinstance(module, Block) else 0
+        if isinstance(adapter, Bottleneck):
+            kept += self.size * (width + 2 * self.tokens * adapter.down.out_features)
+        return kept
+
+
+def _trains(layer: Any) -> bool:
+    """Whether a linear layer keeps its input: its weight or its LoRA trains."""
+    weight = getattr(layer, "weight", None)
+    return isinstance(layer, LoraLayer) or (weight is not None and weight.requires_grad)
+
+
+def _norm_copies(norm: nn.Module, stream: bool) -> int:
+    """How many arrays of the stream's size a norm keeps."""
+    trains = any(parameter.requires_grad for parameter in norm.parameters())
+    return int(stream or trains) + int(trains and isinstance(norm, nn.RMSNorm))
+
+
+def _is_mixed(settings: RunSettings, device: str) -> bool:
+    return settings.dtype in ("bfloat16", "float16") or (settings.dtype == "auto" and device == "cuda")
+
+
+def _rows_each(settings: RunSettings) -> int:
+    """Rows of one sample: a pair of answers has two, a prompt a group of them."""
+    objective = getattr(settings, "objective", "sft")
+    return {"dpo": 2, "grpo": getattr(settings, "grpo_group", 1)}.get(objective, 1)
+
+
+def _reference(settings: RunSettings, weights: int) -> int:
+    """The frozen copy that DPO and GRPO compare with; an adapter switched off is one for nothing."""
+    if getattr(settings, "objective", "sft") == "sft" or METHODS[settings.finetune_method].adapts:  # type: ignore[attr-defined]
+        return 0
+    return weights
+
+
+def _micro_batches(settings: RunSettings, config: GPTConfig, world_size: int) -> int:
+    if settings.grad_accum_steps is not None:
+        return settings.grad_accum_steps
+    tokens = settings.batch_size * min(settings.block_size, config.block_size) * world_size
+    return settings.total_batch_size // tokens
+
+
+def _optimizer_bytes(settings: RunSettings, model: GPT) -> int:
+    """AdamW keeps two numbers for each that trains, Muon one."""
+    numbers = 0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            muon = settings.optimizer == "muon" and name.startswith("h.") and parameter.ndim == 2
+            numbers += parameter.numel() * (1 if muon else 2)
+    return 4 * numbers
+
+
+# -- what is printed -------------------------------------------------------------------------------------------------
+
+
+def show_plan(
+    settings: RunSettings, device: torch.device, world_size: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Print the plan of a run, its share of the memory there is, and what would save how much; the figures in bytes.
+
+    Raises ValueError or OSError as the run would.
+    """
+    check_settings(settings)
+    config = network_config(settings, say)
+    plan = plan_memory(settings, config, device.type, world_size)
+    free, size = memory_of(device)
+    rows = {
+        "weights": plan.weights,
+        "gradients": plan.gradients,
+        "optimizer state": plan.optimizer,
+        "activations": plan.activations,
+        "logits and passing arrays": max(plan.logits, plan.passing),
+        "freed, kept by the allocator": plan.allocator,
+    }
+    of = f"{settings.batch_size} x {min(settings.block_size, config.block_size)} tokens"
+    say(f"Memory plan: {plan.parameters:,} parameters, {plan.trainable:,} train, micro-batches of {of}")
+    for name, value in rows.items():
+        say(f"  {name + ':':30}{_shown(value):>12}")
+    share = f"{100 * plan.total / size:.0f}% of the {_shown(size)} of {device}"
+    say(f"  {'at the peak:':30}{_shown(plan.total):>12}, {share}")
+    for flag, less in savings(settings, config, device.type, world_size):
+        say(f"  {flag} saves {_shown(less)} ({100 * less / plan.total:.0f}%)")
+    largest = largest_batch(settings, config, device.type, world_size, free)
+    say(f"  Largest --batch_size for the {_shown(free)} free now: {largest or 'none'} (worked out, not tried)")
+    return {**dataclasses.asdict(plan), "total": plan.total, "free": free, "memory": size, "largest_batch": largest}
+
+
+def network_config(settings: RunSettings, say: Callable[[str], None]) -> GPTConfig:
+    """The network that a run would begin with, read without its weights."""
+    if settings.checkpoint_path is not None:
+        return read_config(settings.checkpoint_path)
+    if isinstance(settings, FinetuneSettings):
+        try:
+            return read_config(settings.pretrained_checkpoint)
+        except OSError as error:
+            if is_explicit(settings, "pretrained_checkpoint"):
+                raise
+            say(f"Default --pretrained_checkpoint not used: {error}; planned for --preset {settings.preset}")
+    return preset(settings.preset, block_size=settings.block_size)
+
+
+def savings(settings: RunSettings, config: GPTConfig, device: str, world_size: int) -> list[tuple[str, int]]:
+    """Which switch would save how many bytes, the largest first."""
+    switches: dict[str, dict[str, Any]] = {
+        "--gradient_checkpointing": {"gradient_checkpointing": True},
+        f"--batch_size {settings.batch_size // 2}": {"batch_size": settings.batch_size // 2},
+        f"--block_size {settings.block_size // 2}": {"block_size": settings.block_size // 2},
+    }
+    if isinstance(settings, FinetuneSettings):
+        for method in ("lora", "qlora"):
+            switches[f"--finetune_method {method}"] = {"finetune_method": method}
+    now, found = plan_memory(settings, config, device, world_size).total, []
+    for flag, change in switches.items():
+        if 0 in change.values():  # half of one
+            continue
+        less = now - plan_memory(dataclasses.replace(settings, **change), config, device, world_size).total
+        if less > 0.01 * now:
+            found.append((flag, less))
+    return sorted(found, key=lambda entry: -entry[1])
+
+
+def largest_batch(settings: RunSettings, config: GPTConfig, device: str, world_size: int, free: int) -> int:
+    """The largest power of two as --batch_size whose plan fits into 90% of `free` bytes; 0 where not even 1 does."""
+    best, size = 0, 1
+    while size <= 1 << 16:
+        total = plan_memory(dataclasses.replace(settings, batch_size=size), config, device, world_size).total
+        if total > _FILL * free:
+            break
+        best, size = size, 2 * size
+    return best
+
+
+def memory_of(device: torch.device) -> tuple[int, int]:
+    """Bytes free now, and in all, of a GPU or of this machine."""
+    if device.type == "cuda":
+        free, size = torch.cuda.mem_get_info(device)
+        return free, size
+    page = os.sysconf("SC_PAGE_SIZE")
+    return page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
+
+
+def out_of_memory(settings: RunSettings, device: torch.device, world_size: int, error: Exception) -> str:
+    """What to say when memory ran out: what the plan says, and what each remedy saves."""
+    text = f"out of memory: {' '.join(str(error).split())[:200]}."
+    try:
+        config = network_config(settings, lambda _: None)
+        plan = plan_memory(settings, config, device.type, world_size)
+        remedies = [
+            f"{flag} ({_shown(less)} less)" for flag, less in savings(settings, config, device.type, world_size)
+        ]
+    except (ValueError, OSError):  # the plan must not hide the error that it explains
+        return text + " Remedies: a smaller --batch_size, --gradient_checkpointing, a smaller --block_size"
+    return f"{text} This run is planned to take {_shown(plan.total)} (--plan). Remedies: {', '.join(remedies)}"
+
+
+def _shown(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
