@@ -88,11 +88,13 @@ def _summary(manifest: dict[str, Any]) -> str:
     """A table of the splits: documents, tokens, share supervised, shards."""
     tokenizer = f"{manifest['tokenizer']['kind']}, {manifest['vocab_size']:,} ids"
     template = f", template {manifest['template']['name']}" if manifest["template"] else ""
+    copies = f", {manifest['augmented']:,} of them with their question changed" if manifest["augmented"] else ""
     lines = [f"{manifest['kind']} from {manifest['source']['name']}, tokenizer {tokenizer}{template}"]
     for split, entry in manifest["splits"].items():
         supervised = f", {entry['supervised'] / entry['tokens']:.1%} supervised" if manifest["template"] else ""
         counts = f"{entry['documents']:>9,} documents {entry['tokens']:>14,} tokens{supervised}"
         lines.append(f"  {split:<5} {counts}, shards: {len(entry['shards'])}")
+        lines[-1] += copies if split == "train" else ""
     return "\n".join(lines)
 
 

@@ -21,16 +21,17 @@ REPAIRED, TIDIED, STRIPPED = "had broken Unicode repaired", "had white space tid
 
 # Windows-1252 as browsers read it: its five holes are the control characters of Latin-1.
 _WINDOWS = {bytes([code]).decode("cp1252", "ignore") or chr(code): code for code in range(256)}
-_C1: dict[int, str | None] = {code: bytes([code]).decode("cp1252", "ignore") for code in range(0x80, 0xA0)}
-_CONTROLS = {code: None for code in (*range(32), 0x7F) if chr(code) not in "\t\n"}
-_INVISIBLE: dict[int, str | None] = {
-    0xFEFF: None,
-    0x200B: None,
-}  # byte order mark, zero-width space; joiners mean something in some scripts
+_HOLES = (0x81, 0x8D, 0x8F, 0x90, 0x9D)
+_C1 = {code: bytes([code]).decode("cp1252") for code in range(0x80, 0xA0) if code not in _HOLES}
+_CONTROLS = dict.fromkeys(code for code in (*range(32), 0x7F) if chr(code) not in "\t\n")
+# Byte order mark, zero-width space and those holes; joiners mean something in some scripts.
+_INVISIBLE = dict.fromkeys((0xFEFF, 0x200B, *_HOLES))
 _CRLF = re.compile(r"\r\n?|[\u2028\u2029]")
+_CONTINUES = "".join(re.escape(character) for character, byte in _WINDOWS.items() if 0x80 <= byte < 0xC0)
 # UTF-8 read as Windows-1252, where no reading as text is possible: an a with circumflex before the sign of the euro,
 # or a capital A with tilde or circumflex inside a word of small letters, before a character that is no letter.
-_UNMISTAKABLE = re.compile("\u00e2\u20ac|[a-z][\u00c2\u00c3][\u0080-\u00bf\u0152-\u2122]")
+_UNMISTAKABLE = re.compile(f"\u00e2\u20ac|[a-z][\u00c2\u00c3][{_CONTINUES}]")
+_PUNCTUATION = re.compile(f"\u00e2\u20ac[{_CONTINUES}]")
 _LINE_END_SPACE = re.compile(r"[^\S\n]+(?=\n|\Z)")
 _BLANK_LINES = re.compile(r"\n{3,}")
 _LEADING_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
@@ -99,10 +100,10 @@ def repair_unicode(text: str) -> str:
     UTF-8 that was read as Windows-1252 is
     read again, line by line, where a line cannot have been meant as it stands.
     """
-    text = _CRLF.sub("\n", utf8(text))
+    text = utf8(text)
     if not text.isascii():
-        text = "\n".join(map(_reread, text.split("\n"))).translate(_C1 | _INVISIBLE)
-    return unicodedata.normalize("NFC", text.translate(_CONTROLS))
+        text = "\n".join(map(_reread, text.split("\n"))).translate(_INVISIBLE)
+    return unicodedata.normalize("NFC", _CRLF.sub("\n", text).translate(_CONTROLS))
 
 
 def tidy_space(text: str) -> str:
@@ -117,13 +118,19 @@ def strip_punctuation(text: str) -> str:
 
 
 def _reread(line: str) -> str:
-    """A line of text that is mojibake for certain, as it was meant; any other as it is."""
+    """A line of text that is mojibake for certain, as it was meant; of another only dashes and quotes that are."""
+    line = line.translate(_C1)
     while _UNMISTAKABLE.search(line):  # text is found that went through it twice
         try:
-            line = bytes([_WINDOWS[character] for character in line]).decode("utf-8")
-        except (KeyError, UnicodeDecodeError):  # some of the line is right as it stands, so nothing is certain
-            break
+            line = _bytes_of(line).decode("utf-8").translate(_C1)
+        except (KeyError, UnicodeDecodeError):  # some of the line is right as it stands
+            return _PUNCTUATION.sub(lambda match: _bytes_of(match[0]).decode("utf-8"), line)
     return line
+
+
+def _bytes_of(text: str) -> bytes:
+    """What `text` was before it was read as Windows-1252. KeyError for a character that it lacks."""
+    return bytes([_WINDOWS[character] for character in text])
 
 
 def _said(message: Message) -> str:

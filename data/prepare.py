@@ -134,6 +134,8 @@ def _renderer(
 ) -> Renderer | None:
     """What makes documents of samples; None for text. `template` stands in for the setting. No tokenizer: a new one."""
     if kind == "text":
+        if settings.system is not None or settings.max_length is not None:
+            raise ValueError("--system and --max_length are for records, and this is text")
         return None
     if template is None:
         name = settings.prompt_template

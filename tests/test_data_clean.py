@@ -69,6 +69,10 @@ def test_invisible_characters_go() -> None:
     assert repair_unicode("\ufeffa\x00b\x1b[31m\u200bc\x7f\r\nd\re\u2028f") == "ab[31mc\nd\ne\nf"
     assert repair_unicode("e\u0301") == "\u00e9"
     assert repair_unicode("it\x92s \x93so\x94\x81") == "it\u2019s \u201cso\u201d", "bytes of Windows-1252 in Latin-1"
+    bad_dash = "\u00e2\x80\x94"  # UTF-8 read as Latin-1
+    assert repair_unicode(f"along {bad_dash} it") == "along \u2014 it"
+    assert repair_unicode(f"caf\u00e9 {bad_dash} it") == "caf\u00e9 \u2014 it", "a dash beside what is right"
+    assert repair_unicode("caf\u00e9 na\u00c3\u00afve") == "caf\u00e9 na\u00c3\u00afve", "letters only if all is bad"
     assert repair_unicode("a\ud800b") == "a\ufffdb"
 
 

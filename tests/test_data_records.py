@@ -301,11 +301,18 @@ def test_what_is_counted_does_not_depend_on_the_number_of_processes(
     monkeypatch.setattr("data.encode._BATCH_CHARACTERS", 200)
     tools = {"messages": [ASK, BLUE, said("tool", "5"), YES]}
     rows = [{"messages": [ASK, said("assistant", "x" * (9 * n))]} if n % 4 else tools for n in range(60)]
-    options = {"prompt_template": "dolly", "bad_records": "skip", "max_length": 200, "val_fraction": 0.1}
-    one, two = (made(tmp_path / f"set{workers}", rows, workers=workers, **options) for workers in (1, 2))
-    assert one["left_out"] == two["left_out"] == {"that are damaged": 15}
-    assert one["cut"] == two["cut"] and one["cut"][ANSWER_CUT] > 20
-    assert one["splits"] == two["splits"]
+    options: dict[str, Any] = {
+        "prompt_template": "dolly",
+        "bad_records": "skip",
+        "max_length": 200,
+        "val_fraction": 0.1,
+    }
+    for tokenizer in ("byte", "bpe"):  # forked and spawned processes
+        options |= {"tokenizer": tokenizer, "vocab_size": 257}
+        one, two = (made(tmp_path / f"{tokenizer}{workers}", rows, workers=workers, **options) for workers in (1, 2))
+        assert one["left_out"] == two["left_out"] == {"that are damaged": 15}
+        assert one["cut"] == two["cut"] and one["cut"][ANSWER_CUT] > 20
+        assert one["splits"] == two["splits"]
 
 
 def test_hub_sets_are_written_under_their_name(tmp_path: Path) -> None:

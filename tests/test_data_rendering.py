@@ -219,6 +219,14 @@ def test_a_jinja_file_that_is_none_is_named(content: bytes | None, message: str,
     assert "\n" not in str(caught.value) and not (tmp_path / "set").exists()
 
 
+def test_text_has_no_system_message_and_no_records_to_cut(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    for changes in ({"system": "Be brief."}, {"max_length": 9}):
+        values: dict[str, Any] = {"source": "jsonl", "input": (str(tmp_path / "a.jsonl"),), "tokenizer": "byte"}
+        with pytest.raises(ValueError, match="are for records, and this is text"):
+            prepare(PrepareSettings(**values, **changes, data_dir=str(tmp_path / "set")))
+
+
 def test_the_template_of_a_model_needs_a_model(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"instruction": "Hi", "output": "Ho"}\n')
     values = PrepareSettings(
