@@ -23,9 +23,9 @@ class PrepareSettings:
 
     source: str = "pydocs"
     """pydocs, pydocs-qa (the documentation of this Python, as text and as questions with answers; no network needed),
-    arithmetic (all sums of two numbers below 100, which a reward can check), dolly15k, fineweb-edu, wikitext, c4 (from
-    the Hugging Face Hub, or from local files given by --input), text, jsonl, parquet (your own files), or OWNER/NAME or
-    OWNER/NAME:CONFIGURATION, any other set of the Hub."""
+    arithmetic (sums of a number below 100 and a digit, which a reward can check), dolly15k, fineweb-edu, wikitext, c4
+    (from the Hugging Face Hub, or from local files given by --input), text, jsonl, parquet (your own files), or
+    OWNER/NAME or OWNER/NAME:CONFIGURATION, any other set of the Hub."""
 
     input: tuple[str, ...] = ()
     """Files or folders to read (folders recursively, in sorted order). A .gz file is read as what it holds."""

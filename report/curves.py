@@ -50,6 +50,7 @@ PANELS = (
     ("grad_norm", "gradient norm before clipping", BLUE, True),
     ("tokens_per_s", "tokens per second", GREY, False),
 )
+OWN_PER_ROW = 4  # panels of the objective's own metrics
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -100,21 +101,32 @@ def smooth(values: np.ndarray) -> np.ndarray:
 def plot_curves(run_dir: str | Path, out_path: str | Path | None = None) -> Path:
     """Draws loss, validation, learning rate, gradient norm and tokens/s of one run; returns the PNG's path.
 
-    `out_path` defaults to `run_dir/curves.png`. Metrics that the run did not log get no panel.
+    `out_path` defaults to `run_dir/curves.png`. Metrics that the run did not log get no panel; those of its objective,
+    whose names hold a slash (rewards/margins), get one each.
     Raises ValueError or OSError where `metrics.jsonl` is missing, empty or broken.
     """
     records = read_metrics(run_dir)
     panels = [panel for panel in PANELS if len(series(records, panel[0])[0])]
-    figure = _new_figure(width=10.0, height=6.4 if panels else 4.4)
-    grid = figure.add_gridspec(2 if panels else 1, max(1, len(panels)), height_ratios=[1.9, 1] if panels else [1])
+    own = [(name, name, BLUE, False) for name in _objective_metrics(records)]
+    rows = [row for row in (panels, *(own[i : i + OWN_PER_ROW] for i in range(0, len(own), OWN_PER_ROW))) if row]
+    figure = _new_figure(width=10.0, height=4.4 + 2.0 * len(rows))
+    grid = figure.add_gridspec(1 + len(rows), 1, height_ratios=[1.9, *(1 for _ in rows)])
     with _style():
         figure.suptitle(
             Path(run_dir).resolve().name, x=0.012, ha="left", fontsize=13, fontweight="bold", parse_math=False
         )
-        _draw_loss(figure.add_subplot(grid[0, :]), records, "loss")
-        for column, panel in enumerate(panels):
-            _draw_metric(figure.add_subplot(grid[1, column]), records, *panel)
+        _draw_loss(figure.add_subplot(grid[0]), records, "loss")
+        for place, row in enumerate(rows, start=1):
+            columns = grid[place].subgridspec(1, len(row))
+            for column, panel in enumerate(row):
+                _draw_metric(figure.add_subplot(columns[column]), records, *panel)
     return _save(figure, Path(out_path) if out_path is not None else Path(run_dir) / "curves.png")
+
+
+def _objective_metrics(records: Sequence[dict[str, Any]]) -> list[str]:
+    """The metrics of the run's objective, in the order in which they are logged."""
+    names = dict.fromkeys(name for record in records for name in record if "/" in name and not name.startswith("val_"))
+    return [name for name in names if len(series(records, name)[0])]
 
 
 def plot_runs(runs: Sequence[tuple[str, str | Path]], out_path: str | Path) -> Path:
@@ -146,7 +158,7 @@ def _draw_loss(axes: Axes, records: Sequence[dict[str, Any]], title: str) -> Non
         label = f"best {val_losses[best]:.4f} at step {int(val_steps[best]):,}"
         axes.plot(val_steps[best], val_losses[best], "o", label=label, zorder=5, ms=11, mfc="none", mec=ORANGE, mew=1.6)
     axes.set_title(title, parse_math=False)  # a run named "$x" is a name, not mathematics
-    axes.set_ylabel("nats per token")
+    axes.set_ylabel("loss" if _objective_metrics(records) else "nats per token")
     if axes.has_data():
         bottom, top = axes.get_ylim()
         axes.set_ylim(bottom, top + 0.12 * (top - bottom))  # room for the legend: no point hides behind it
@@ -168,6 +180,7 @@ def _draw_metric(axes: Axes, records: Sequence[dict[str, Any]], key: str, title:
         axes.set_ylim(bottom=0, top=values.max() * 1.08 or 1.0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:g}"))
     _draw_line(axes, steps, values, colour, None, overlay=key != "lr")
+    axes.plot(*series(records, f"val_{key}"), "o", color=ORANGE, ms=3.5, zorder=4)
     axes.set_title(title)
     _label_steps(axes, ticks=4)
 
