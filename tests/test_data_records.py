@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data.cache import prepare_records_cache
 from data.chat import render_conversation
 from data.manifest import read_manifest
 from data.prepare import output_folder, prepare
-from data.records import KINDS, Unusable, format_of, sample_of
+from data.records import FIELD_NAMES, KINDS, Unusable, format_of, sample_of
 from data.rendering import ANSWER_CUT
 from data.settings import PrepareSettings
 from data.shards import open_dataset
@@ -196,6 +198,61 @@ def test_records_that_teach_nothing_are_unusable(format: str, row: dict[str, Any
     with pytest.raises(Unusable, match=why) as caught:
         sample_of(row, format, "here")
     assert why in f"a record {caught.value.why}"
+
+
+# ---- whatever a file may hold
+
+ROLES = st.sampled_from(["system", "user", "human", "Assistant", "gpt", "tool", "narrator", 5, None])
+SPOKEN = st.sampled_from(["a", "b", " ", "", None, 3, [{"type": "text", "text": "c"}], [{"type": "image"}]])
+TURN = st.fixed_dictionaries({}, optional={"role": ROLES, "from": ROLES, "content": SPOKEN, "value": SPOKEN})
+SOUND = st.lists(st.sampled_from([BRIEF, ASK, BLUE, MORE, YES, said("tool", "5")]), max_size=5)
+VALUE = st.none() | st.integers() | st.text(max_size=3) | TURN | st.lists(TURN, max_size=4) | SOUND
+NOISE = st.dictionaries(st.sampled_from(sorted(FIELD_NAMES)), VALUE, max_size=5) | VALUE
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> tuple[str, Any]:
+    """A format and a row: mostly one that is read, with up to two fields or turns changed; else anything."""
+    known = [(format, row) for format, row, _ in SAMPLES.values()] + [("preference", row) for row in PAIRS.values()]
+    format, row = draw(st.sampled_from(known))
+    row = dict(row)
+    for name in draw(st.lists(st.sampled_from(sorted(row)), max_size=2)):
+        if isinstance(row.get(name), list) and draw(st.booleans()):
+            at = draw(st.integers(0, len(row[name])))
+            row[name] = [*row[name][:at], *draw(st.lists(TURN, max_size=1) | SOUND), *row[name][at + 1 :]]
+        elif draw(st.booleans()):
+            row[name] = draw(VALUE)
+        else:
+            row.pop(name, None)
+    anything = draw(st.integers(0, 5)) == 0
+    return (draw(st.sampled_from(sorted(set(KINDS) - {"text"}))), draw(NOISE)) if anything else (format, row)
+
+
+@settings(max_examples=600, deadline=None, derandomize=True)
+@given(given=rows())
+def test_any_row_is_a_sample_or_one_line(given: tuple[str, Any]) -> None:
+    format, row = given
+    try:
+        format_of(row, "here")
+    except ValueError as error:
+        assert str(error).startswith("here: ") and "\n" not in str(error) and len(str(error)) <= 400
+    try:
+        sample = sample_of(row, format, "here")
+    except ValueError as error:
+        assert str(error).startswith("here: ") and "\n" not in str(error) and len(str(error)) <= 600
+        return
+    assert (sample.rejected is not None) == (format == "preference")
+    for messages in (sample.messages, sample.rejected or sample.messages):
+        roles = [message["role"] for message in messages]
+        assert roles[roles[0] == "system"] == "user" and "system" not in roles[1:]
+        assert (roles[-1] in ("user", "tool")) == (format == "prompts")
+        assert not any(
+            one == other == "user" or one == other == "assistant" for one, other in itertools.pairwise(roles)
+        )
+        assert all(isinstance(value, str) for message in messages for value in message.values())
+        render_conversation(messages, get_template("chatml"), BYTES, format == "prompts")
+    if sample.rejected is not None:
+        assert sample.messages[0] == sample.rejected[0] and sample.messages != sample.rejected
 
 
 # ---- sets on disk
