@@ -241,7 +241,7 @@ def test_a_wrong_section_is_named_with_the_reason(text: str, says: str, tmp_path
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--fp16", "--bf16"], "--dtype and --bf16 both set dtype"),
+        (["--fp16", "--bf16"], "--fp16 and --bf16 both set dtype"),
         (["--dtype", "float32", "--fp16"], "--dtype and --fp16 both set dtype"),
         (["--bias", "all"], "LoRA trains no biases here"),
         (["--metric_for_best_model"], "only eval_loss will do"),

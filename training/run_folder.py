@@ -15,8 +15,10 @@ from formats.checkpoint import is_full, load_checkpoint, remove_temporaries, syn
 Say = Callable[[str], None]
 
 _CHECKPOINT = re.compile(r"^model_(\d{5,})\.pt$")
-_RUN_FILES = ("metrics.jsonl", "samples.jsonl", "training.log", "config.yaml", "curves.png", "status.json")
-_RUN_FILES += ("best.pt", "final.pt")
+_RUN_FILES = (
+    *("metrics.jsonl", "samples.jsonl", "training.log", "config.yaml", "curves.png", "status.json"),
+    *("best.pt", "final.pt"),
+)
 
 
 class RunFolder:

@@ -223,8 +223,10 @@ class FinetuneSettings(RunSettings):
     """Steps between full checkpoints, or `epoch`; the last step is always saved. 0 = only the last."""
 
 
-_LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora", "lora_init")
-_LORA_FLAGS += ("lora_plus_ratio",)
+_LORA_FLAGS: tuple[str, ...] = (
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+    *("use_rslora", "use_dora", "lora_init", "lora_plus_ratio"),
+)
 # The settings that belong to one method or a few; given beside another method they would do nothing.
 METHOD_FLAGS: dict[str, tuple[str, ...]] = {
     "full": (),

@@ -183,11 +183,11 @@ def _normalize(cls: type, argv: Sequence[str]) -> tuple[list[str], set[str]]:
         (negated.discard if name == current else negated.add)(current)
     for name in [name for name in given if is_choice(name, known)]:
         values, setting = given.pop(name), CHOICES[name].setting
-        value = chosen(name, ["false"] if name in negated else values)
+        meant = chosen(name, ["false"] if name in negated else values)
         negated.discard(name)
-        if value is not None and setting in given:
-            raise ValueError(f"--{spelled.get(setting, setting)} and --{name} both set {setting}: give one of them")
-        given |= {} if value is None else {setting: [value]}
+        if meant is not None and spelled.setdefault(setting, name) != name:
+            raise ValueError(f"--{spelled[setting]} and --{name} both set {setting}: give one of them")
+        given |= {} if meant is None else {setting: [meant]}
     words = [_words(cls, name, values) for name, values in given.items() if name not in negated]
     words += [[f"--no_{name}", *given[name]] for name in negated]
     return [*loose, *(word for group in words for word in group)], set(given)
