@@ -175,8 +175,9 @@ def _pair(row: dict[str, Any], where: str) -> Sample:
     chosen, rejected = whole
     if chosen == rejected:
         raise Unusable(where, "whose two answers are equal")
-    if _shared(chosen, rejected) == 0:
-        raise ValueError(f"{where}: 'chosen' and 'rejected' begin with different questions, expected the same one")
+    parting = [messages[_shared(chosen, rejected) :] for messages in (chosen, rejected)]
+    if not all(rest and rest[0]["role"] == "assistant" for rest in parting):
+        raise ValueError(f"{where}: 'chosen' and 'rejected' do not part at an answer, expected one question for both")
     return Sample(where, chosen, rejected)
 
 
