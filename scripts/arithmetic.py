@@ -72,8 +72,8 @@ def prepare_once(folder: Path) -> None:
     from data.prepare import prepare
     from data.settings import PrepareSettings
 
-    what = {"source": "arithmetic", "tokenizer": "bpe", "vocab_size": 288, "val_fraction": 0.1}
-    prepare(PrepareSettings(data_dir=str(folder), **what))
+    sums = PrepareSettings("arithmetic", data_dir=str(folder), tokenizer="bpe", vocab_size=288, val_fraction=0.1)
+    prepare(sums)
 
 
 def configured(cls: type[R], config: str, max_steps: int | None, **places: str) -> R:
