@@ -33,7 +33,14 @@ from training.run_settings import FinetuneSettings, RunSettings, TrainSettings
 from training.runtime import Runtime, choose_runtime
 from training.saver import Saver, describe, versions
 from training.settings import is_explicit, to_dict, to_yaml
-from training.start import Start, choose_start, note_versions, with_checkpoint_settings, with_preset_defaults
+from training.start import (
+    Start,
+    choose_start,
+    model_template,
+    note_versions,
+    with_checkpoint_settings,
+    with_preset_defaults,
+)
 from training.step_plan import StepPlan, check_settings, plan_steps, refuse_without_validation, resolved
 from training.stop import StopRequest
 from training.summary import introduce, nothing_to_do, outcome, why_early
@@ -148,7 +155,7 @@ class _Run:
     def _open_data(self, start: Start) -> tuple[TokenSet, TokenSet | None]:
         """Both splits, checked; and the run's tokenizer and template. Raises ValueError where model and data differ."""
         spec = start.payload.get("tokenizer") if start.payload is not None else None
-        folder = self._data_folder(spec)
+        folder = self._data_folder(start, spec)
         verify: Literal["full", "size"] = "full" if self.here.local_rank == 0 else "size"  # once a machine
         train_set = open_dataset(folder, "train", verify=verify)
         check_data(self.settings, train_set)
@@ -168,7 +175,7 @@ class _Run:
         self.template: Template | None = template_from_spec(template)
         return train_set, val_set
 
-    def _data_folder(self, tokenizer_spec: dict[str, Any] | None) -> Path:
+    def _data_folder(self, start: Start, tokenizer_spec: dict[str, Any] | None) -> Path:
         """The folder of shards; a file of records is prepared into a cache beside it first, by rank 0."""
         settings = self.settings
         if not (isinstance(settings, FinetuneSettings) and settings.data_dir.endswith((".jsonl", ".json"))):
@@ -178,7 +185,16 @@ class _Run:
         tokenizer = load_tokenizer("gpt2") if tokenizer_spec is None else tokenizer_from_spec(tokenizer_spec)
         if not self.here.is_main:
             self.here.barrier()  # rank 0 writes the cache, the others find it
-        folder = prepare_records_cache(settings.data_dir, settings.prompt_template, tokenizer)
+        folder = prepare_records_cache(
+            settings.data_dir,
+            settings.prompt_template,
+            tokenizer,
+            template=model_template(start) if settings.prompt_template == "model" else None,
+            format=settings.format,
+            system=settings.system,
+            train_on=settings.train_on,
+            bad_records=settings.bad_records,
+        )
         if self.here.is_main:
             self.here.barrier()
         return folder
@@ -334,7 +350,7 @@ class _Run:
             from report.curves import plot_curves
 
             ended = why_early(plan, progress) if early else f"Finished {plan.max_steps} steps"
-            self.say(f"{ended}: {outcome(progress)}")
+            self.say(f"{ended}: {outcome(progress, per_token=getattr(self.settings, 'objective', 'sft') == 'sft')}")
             self.say(f"Checkpoint: {summary['checkpoint']}")
             if summary["final"] is not None:
                 self.say(f"Best weights, of step {progress.best_step}: {summary['final']}")

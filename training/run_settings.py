@@ -198,7 +198,15 @@ class FinetuneSettings(RunSettings):
     layer_lr_decay: float = 0.9
     """Progressive: learning rate of a layer over that of the layer above it."""
     prompt_template: str = "dolly"
-    """Prompt format where data_dir is a JSONL of records: dolly, alpaca, zh_instruction, human_assistant or zh_code."""
+    """Of records (a .jsonl or .json): as in prepare_data.py; model = that of the model which the run starts from."""
+    format: str = "auto"
+    """Of records: what they are; auto goes by the fields of the first, see prepare_data.py."""
+    system: str | None = None
+    """Of records: a system message for every conversation that has none of its own."""
+    train_on: str = "all"
+    """Of records: all or last, which answers of a conversation are learnt."""
+    bad_records: str = "error"
+    """Of records: error or skip, what happens to damaged ones."""
     max_lr: float = 6e-5
     """Peak learning rate."""
     max_steps: int = 6

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data.chat import Template
+from data.templates import template_from_spec
 from formats.checkpoint import has_digest, is_full, load_checkpoint
 from formats.open_model import load_payload
 from training.run_folder import RunFolder, Say
@@ -99,6 +101,14 @@ def _pretrained(settings: FinetuneSettings, say: Say) -> Start:
     if path.suffix == ".pt" and not has_digest(path):
         say(f"{path}: carries no digest, so damage to it cannot be noticed")
     return Start(path, payload)
+
+
+def model_template(start: Start) -> Template:
+    """The prompt template of the model that the run starts from. ValueError where it has none."""
+    template = template_from_spec((start.payload or {}).get("template"))
+    if template is None:
+        raise ValueError(f"--prompt_template model: {start.path or 'a random start'} holds no template: name one")
+    return template
 
 
 def with_preset_defaults(settings: R) -> R:

@@ -102,13 +102,12 @@ def why_early(plan: StepPlan, progress: Progress) -> str:
     return f"Stopped early after step {progress.step}: no {loss} in {progress.waited} evaluations"
 
 
-def outcome(progress: Progress) -> str:
-    """How the losses ended, in words."""
+def outcome(progress: Progress, per_token: bool = True) -> str:
+    """How the losses ended, in words; `per_token`: they are means over tokens, so that they have a perplexity."""
     parts = [f"training loss {progress.last_record['loss']:.4f}"]
     if progress.val_loss is not None:
-        parts.append(
-            f"validation loss {progress.val_loss:.4f} (perplexity {math.exp(min(progress.val_loss, 700)):.2f})"
-        )
+        perplexity = f" (perplexity {math.exp(min(progress.val_loss, 700)):.2f})" if per_token else ""
+        parts.append(f"validation loss {progress.val_loss:.4f}{perplexity}")
     if progress.val_loss_before is not None:
         parts.append(f"before {progress.val_loss_before:.4f}")
     if progress.best_step is not None:
