@@ -33,6 +33,6 @@ def test_the_reward_rises(tmp_path: Path) -> None:
     run(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "grpo" / "metrics.jsonl").read_text().splitlines()]
     found = [line["reward/mean"] for line in lines]
-    assert sum(found[-50:]) / 50 > sum(found[:50]) / 50 + 0.1
+    assert sum(found[-50:]) / 50 > sum(found[:50]) / 50 + 0.05
     greedy = [line["val_reward/mean"] for line in lines if "val_reward/mean" in line]
     assert max(greedy) > greedy[0], "sums that were not trained on profit too"
