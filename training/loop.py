@@ -86,6 +86,7 @@ class Trainer:
         self.console, self.stop, self.unfreezing = console, stop, unfreezing
         if runtime.compile:
             model.compile()  # in place: parameter names stay as they are
+        model.train(objective.dropout)  # before the first evaluation, which a preference makes as it stands
         self.network = self._wrapped()
 
     def _wrapped(self) -> nn.Module:
@@ -109,7 +110,6 @@ class Trainer:
     def run(self) -> bool:
         """Train to the last step, or until patience is out; False when a signal came first (all is saved then)."""
         progress, plan = self.progress, self.plan
-        self.model.train(self.objective.dropout)
         self.saver.remember(progress, self.loader.state(), rng_state())
         if not progress.finished_step and not self._finish_step():
             return False
