@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        answer_calls(SIDES[arguments.worker](arguments))
+        answer_calls(lambda: SIDES[arguments.worker](arguments))
         return
     if arguments.model:
         from formats.hf_write import write_huggingface

@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--worker", choices=list(SIDES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        answer_calls(SIDES[arguments.worker](arguments))
+        answer_calls(lambda: SIDES[arguments.worker](arguments))
         return
     from formats.hf_write import write_huggingface
     from formats.open_model import load_payload

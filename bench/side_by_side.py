@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 
-def answer_calls(step: Callable[[], dict[str, Any]]) -> None:
-    """In a worker: one `step` for each line read; what it returns goes back with the peak memory of this process."""
+def answer_calls(build: Callable[[], Callable[[], dict[str, Any]]]) -> None:
+    """In a worker: one step for each line read; what it returns goes back with the peak memory of this process."""
     out = sys.stdout
     sys.stdout = sys.stderr  # what a peer prints must not mix with the answers
+    step = build()
     for _ in sys.stdin:
         print(json.dumps({**step(), "peak_mb": peak_rss_mb()}), file=out, flush=True)
 

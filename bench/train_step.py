@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +165,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         case = CASES[arguments.case[0]]
-        step = our_step(case) if arguments.worker == "ours" else peer_step(case, arguments.nanogpt)
-        answer_calls(lambda: timed(step))
+        build = (lambda: our_step(case)) if arguments.worker == "ours" else (lambda: peer_step(case, arguments.nanogpt))
+        answer_calls(lambda: partial(timed, build()))
         return
     for name in arguments.case:
         print(name, flush=True)

@@ -16,8 +16,9 @@ from formats.checkpoint import FORMAT
 from formats.errors import FormatError
 from formats.gguf_config import to_gpt_config
 from formats.gguf_header import GgufHeader, TensorInfo, read_gguf_header
-from formats.gguf_names import Stored, stored_tensors
+from formats.gguf_names import stored_tensors
 from formats.gguf_tokenizer import has_vocabulary, read_vocabulary
+from formats.stored import Stored
 from model.config import GPTConfig
 
 DTYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")

@@ -3,47 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from formats.hf_families import ESPALIER
+from formats.stored import Part, Stored, linear, norm, same
 from model.config import GPTConfig, LayerSizes
-
-
-class Part(NamedTuple):
-    """Where one of our tensors lies in a stored one: `start..stop` along its outputs, which are our rows."""
-
-    name: str
-    start: int
-    stop: int
-
-
-class Stored(NamedTuple):
-    """A tensor of the folder; the name is without the family's prefix (`transformer.`, `model.`)."""
-
-    name: str
-    shape: tuple[int, ...]
-    parts: tuple[Part, ...]
-    transposed: bool = False  # stored as (in, out): GPT-2's Conv1D
-
-    def copy_rows(self, first: int, rows: Tensor, weights: dict[str, Tensor]) -> None:
-        """Copies a block of the stored tensor's rows, from row `first` on, to where it belongs in `weights`."""
-        for name, start, stop in self.parts:
-            target = weights[name]
-            if self.transposed:
-                target[:, first : first + len(rows)].copy_(rows[:, start:stop].t())
-            else:  # rows of an embedding beyond the vocabulary belong to no part
-                upper, lower = min(stop, first + len(rows)), max(start, first)
-                if lower < upper:
-                    target[lower - start : upper - start].copy_(rows[lower - first : upper - first])
-
-    def assemble(self, weights: dict[str, Tensor]) -> Tensor:
-        """The stored tensor made of ours: a view where it is one of ours as it lies, else a copy."""
-        pieces = [weights[name][: stop - start] for name, start, stop in self.parts]
-        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return (whole.t() if self.transposed else whole).contiguous()
 
 
 def stored_tensors(config: GPTConfig, model_type: str, vocab_rows: int | None = None) -> list[Stored]:
@@ -57,10 +20,10 @@ def stored_tensors(config: GPTConfig, model_type: str, vocab_rows: int | None = 
     rows = Part("wte.weight", 0, config.vocab_size)
     tensors = [Stored(names["wte"], table, (rows,))]
     if config.position == "learned":
-        tensors.append(_same("wpe.weight", "wpe.weight", (config.block_size, config.n_embd)))
+        tensors.append(same("wpe.weight", "wpe.weight", (config.block_size, config.n_embd)))
     for i in range(config.n_layer):
         tensors += family(config, config.layer(i), i)
-    tensors += _norm(config, names["ln_f"], "ln_f")
+    tensors += norm(config, names["ln_f"], "ln_f")
     if not config.tie_embeddings:
         tensors.append(Stored("lm_head.weight", table, (rows._replace(name="lm_head.weight"),)))
     return tensors
@@ -87,20 +50,6 @@ def is_buffer(name: str) -> bool:
     return _BUFFERS.fullmatch(name) is not None
 
 
-def _same(stored: str, ours: str, shape: tuple[int, ...]) -> Stored:
-    return Stored(stored, shape, (Part(ours, 0, shape[0]),))
-
-
-def _norm(config: GPTConfig, stored: str, ours: str) -> list[Stored]:
-    kinds = ("weight", "bias") if config.norm_bias else ("weight",)
-    return [_same(f"{stored}.{kind}", f"{ours}.{kind}", (config.n_embd,)) for kind in kinds]
-
-
-def _linear(stored: str, ours: str, rows: int, columns: int, bias: bool) -> list[Stored]:
-    weight = _same(f"{stored}.weight", f"{ours}.weight", (rows, columns))
-    return [weight, _same(f"{stored}.bias", f"{ours}.bias", (rows,))] if bias else [weight]
-
-
 def _gpt2_block(config: GPTConfig, sizes: LayerSizes, i: int) -> list[Stored]:
     """q, k and v lie side by side in c_attn; Conv1D's weights are (in, out)."""
 
@@ -116,10 +65,10 @@ def _gpt2_block(config: GPTConfig, sizes: LayerSizes, i: int) -> list[Stored]:
 
     C = config.n_embd
     return [
-        *_norm(config, f"h.{i}.ln_1", f"h.{i}.ln_1"),
+        *norm(config, f"h.{i}.ln_1", f"h.{i}.ln_1"),
         *conv1d("attn.c_attn", ("attn.q_proj", "attn.k_proj", "attn.v_proj"), C, C),
         *conv1d("attn.c_proj", ("attn.o_proj",), C, C),
-        *_norm(config, f"h.{i}.ln_2", f"h.{i}.ln_2"),
+        *norm(config, f"h.{i}.ln_2", f"h.{i}.ln_2"),
         *conv1d("mlp.c_fc", ("mlp.up_proj",), sizes.mlp_dim, C),
         *conv1d("mlp.c_proj", ("mlp.down_proj",), C, sizes.mlp_dim),
     ]
@@ -140,17 +89,17 @@ def _espalier_block(config: GPTConfig, sizes: LayerSizes, i: int) -> list[Stored
     linears: list[tuple[str, int, int, bool]] = []
     tensors: list[Stored] = []
     if sizes.n_head:
-        tensors += _norm(config, f"h.{i}.ln_1", f"h.{i}.ln_1")
+        tensors += norm(config, f"h.{i}.ln_1", f"h.{i}.ln_1")
         linears += [(f"attn.{p}_proj", rows, C, config.qkv_bias) for p, rows in zip("qkv", (queries, keys, keys))]
         linears.append(("attn.o_proj", C, queries, config.o_bias))
         if config.qk_norm:
             names = [f"h.{i}.attn.{p}_norm.weight" for p in "qk"]
-            tensors += [_same(name, name, (sizes.head_dim,)) for name in names]
+            tensors += [same(name, name, (sizes.head_dim,)) for name in names]
     if sizes.mlp_dim:
-        tensors += _norm(config, f"h.{i}.ln_2", f"h.{i}.ln_2")
+        tensors += norm(config, f"h.{i}.ln_2", f"h.{i}.ln_2")
         inward = ("gate", "up") if config.mlp == "swiglu" else ("up",)
         linears += [(f"mlp.{p}_proj", sizes.mlp_dim, C, config.mlp_bias) for p in inward]
         linears.append(("mlp.down_proj", C, sizes.mlp_dim, config.mlp_bias))
     for name, rows, columns, bias in linears:
-        tensors += _linear(f"h.{i}.{name}", f"h.{i}.{name}", rows, columns, bias)
+        tensors += linear(f"h.{i}.{name}", f"h.{i}.{name}", rows, columns, bias)
     return tensors

@@ -14,8 +14,9 @@ from formats.checkpoint import FORMAT
 from formats.errors import FormatError
 from formats.hf_config import to_gpt_config
 from formats.hf_folder import Found, find_tensors, read_object
-from formats.hf_names import Stored, is_buffer, stored_tensors, without_prefix
+from formats.hf_names import is_buffer, stored_tensors, without_prefix
 from formats.hf_tokenizer import has_tokenizer, read_hf_tokenizer
+from formats.stored import Stored
 from model.config import GPTConfig, padded_vocab
 
 __all__ = ["read_hf_tokenizer", "read_huggingface"]

@@ -18,9 +18,10 @@ from data.tokenizer import BpeTokenizer, Tokenizer, tokenizer_from_spec
 from formats.checkpoint import TEMPORARY, sync_folder
 from formats.errors import FormatError
 from formats.hf_families import ESPALIER, family_of, from_gpt_config
-from formats.hf_names import Stored, prefix, stored_tensors
+from formats.hf_names import prefix, stored_tensors
 from formats.hf_read import read_huggingface
 from formats.open_model import check_weights
+from formats.stored import Stored
 from formats.tokenizer_json import to_tokenizer_json
 from model.config import GPTConfig
 from model.gpt import GPT

@@ -22,8 +22,9 @@ from formats.checkpoint import write_durably
 from formats.errors import FormatError
 from formats.hf_families import ESPALIER, family_of
 from formats.hf_folder import read_object
-from formats.hf_names import Part, Stored, prefix, stored_tensors
+from formats.hf_names import prefix, stored_tensors
 from formats.safetensors_file import read_blocks, read_header
+from formats.stored import Part, Stored
 from model.config import GPTConfig
 from model.lora import LoraSettings
 from model.tuning import settings_from_dict

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from tests.model_helpers import ROPE_LLAMA3
+
 VOCAB = 320
 BEGIN, END_OF_TEXT, END_OF_TURN = "<|begin_of_text|>", "<|endoftext|>", "<|im_end|>"
 CHATML = (
@@ -19,13 +21,6 @@ CHATML = (
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-ROPE_LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 _ROPE_KEYS = {
     "vocab_size": VOCAB,
     "hidden_size": 32,

@@ -19,8 +19,8 @@ from model.gpt import GPT
 from model.lora import LoraSettings
 from model.tuning import apply_method
 from tests.runs import BARE, log, losses, records, status, steps_on_disk, tune, weights
-from tests.tiny import BYTES, finetune_settings, pair_set, record_set
-from tests.tiny_checkpoints import tiny_model
+from tests.tiny import finetune_settings, pair_set, record_set
+from tests.tiny_checkpoints import save_tiny, tiny_model
 from training.objectives.dpo import DPO
 from training.objectives.reference import Reference
 from training.run_settings import FinetuneSettings
@@ -36,10 +36,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tiny_model(block_size=128, scale=1.0)
-    path = tmp_path_factory.mktemp("start") / "model.pt"
-    save_checkpoint(path, {"model": model.state_dict(), "config": model.config.to_dict(), "tokenizer": BYTES.spec()})
-    return path
+    return save_tiny(tmp_path_factory.mktemp("start") / "model.pt", block_size=128, scale=1.0)
 
 
 def moved(model: GPT, seed: int = 3) -> GPT:

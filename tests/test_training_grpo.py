@@ -13,14 +13,13 @@ import torch
 
 from data.loader import Batch, eval_batches
 from data.shards import open_dataset
-from formats.checkpoint import save_checkpoint
 from model.gpt import GPT
 from model.lora import LoraSettings
 from model.tuning import apply_method
 from tests.lives import Strike, finetuning, records
 from tests.runs import BARE, log, losses, status, steps_on_disk, tune
 from tests.tiny import BYTES, finetune_settings, pair_set, sum_set
-from tests.tiny_checkpoints import tiny_model
+from tests.tiny_checkpoints import save_tiny, tiny_model
 from training.objectives.grpo import GRPO
 from training.objectives.reference import Reference
 from training.objectives.rewards import FORM, RewardError, arithmetic, load_reward, rate
@@ -40,10 +39,7 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tiny_model(block_size=128, scale=1.0)
-    path = tmp_path_factory.mktemp("start") / "model.pt"
-    save_checkpoint(path, {"model": model.state_dict(), "config": model.config.to_dict(), "tokenizer": BYTES.spec()})
-    return path
+    return save_tiny(tmp_path_factory.mktemp("start") / "model.pt", block_size=128, scale=1.0)
 
 
 def objective(model: GPT, reference: GPT | None = None, **settings: Any) -> GRPO:
