@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 
-from data.chat import Template, render_conversation
+from data.chat import Template, render_conversation, stop_ids
 from data.prompt_template import PromptTemplate
 from data.templates import get_template
 from data.tokenizer import Tokenizer
@@ -25,6 +25,7 @@ class Chat:
         check_vocabulary(opened)
         self.opened, self.sampling = opened, sampling
         self.template = _template(opened, prompt_template)
+        self.stop_ids = stop_ids(self.template, opened.tokenizer)  # of the template in use, which may be a named one
         self.system = system
         self.turns: list[dict[str, str]] = []
         self.forgotten = 0  # exchanges that no longer fit the context
@@ -45,7 +46,7 @@ class Chat:
         ids = self._fitting_prompt()
         written: list[str] = []
         try:
-            tokens = stream(self.opened.model, ids, **asdict(self.sampling), stop_ids=self.opened.stop_ids)
+            tokens = stream(self.opened.model, ids, **asdict(self.sampling), stop_ids=self.stop_ids)
             for piece in pieces(self.opened.tokenizer, tokens):
                 written.append(piece)
                 yield piece
