@@ -57,31 +57,14 @@ def _of_model(settings: PrepareSettings) -> "tuple[Tokenizer | None, Template | 
     on_hub = "/" in ref and not path.exists() and not path.parent.is_dir()
     if not (ref.endswith((".pt", ".gguf")) or (path / "config.json").is_file() or on_hub):
         return None, None
-    from formats.open_model import load_any_tokenizer  # brings torch, which the other tokenizers do without
+    from formats.open_model import load_tokenizer_and_template  # brings torch, which the other tokenizers do without
 
-    return load_any_tokenizer(ref), _template_of(ref) if settings.prompt_template == MODEL_TEMPLATE else None
-
-
-def _template_of(ref: str) -> "Template":
-    """The chat or prompt template of a model. ValueError where it has none."""
-    from data.templates import template_from_spec
-    from formats.checkpoint import load_checkpoint
-    from formats.gguf_read import read_gguf_tokenizer
-    from formats.hf_read import read_hf_tokenizer
-    from formats.hub import fetch_from_hub
-    from formats.open_model import is_gguf
-
-    path = Path(ref) if Path(ref).exists() else fetch_from_hub(ref)
-    template: Template | None
-    if path.is_dir():
-        template = read_hf_tokenizer(path)[1]
-    elif is_gguf(path):
-        template = read_gguf_tokenizer(path)[1]
-    else:
-        template = template_from_spec(load_checkpoint(path).get("template"))
+    tokenizer, template = load_tokenizer_and_template(ref)
+    if settings.prompt_template != MODEL_TEMPLATE:
+        return tokenizer, None
     if template is None:
         raise ValueError(f"{ref}: has no template for prompts; choose another --prompt_template than model")
-    return template
+    return tokenizer, template
 
 
 def _summary(manifest: dict[str, Any]) -> str:

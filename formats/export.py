@@ -94,8 +94,7 @@ def merge_adapter(settings: MergeSettings, say: Say) -> None:
 
 def _finish(payload: dict[str, Any], report: dict[str, Any], out: Path, say: Say) -> None:
     """Notes, and the comparison: of the weights by the writer, of the logits here, with the file opened anew."""
-    for note in report["notes"]:
-        say(f"Note: {note}")
+    _say_notes(report, say)
     say(
         f"Compared {len(payload['model'])} tensors with {out} read back: "
         f"largest difference {report['largest_difference']:g}"

@@ -122,16 +122,22 @@ def read_config(ref: str | Path) -> GPTConfig:
 
 def load_any_tokenizer(ref: str | Path) -> Tokenizer:
     """The tokenizer of whatever model `ref` names, without reading its weights. Errors as `load_payload`."""
+    return load_tokenizer_and_template(ref)[0]
+
+
+def load_tokenizer_and_template(ref: str | Path) -> tuple[Tokenizer, Template | None]:
+    """How the model that `ref` names is spoken to, without reading its weights. Errors as `load_payload`."""
     path = _local(ref)
     if path.is_dir():
         from formats.hf_read import read_hf_tokenizer
 
-        return read_hf_tokenizer(path)[0]
+        return read_hf_tokenizer(path)
     if is_gguf(path):
         from formats.gguf_read import read_gguf_tokenizer
 
-        return read_gguf_tokenizer(path)[0]
-    return payload_tokenizer(load_checkpoint(path), path)
+        return read_gguf_tokenizer(path)
+    payload = load_checkpoint(path)
+    return payload_tokenizer(payload, path), template_from_spec(payload.get("template"))
 
 
 def check_exists(ref: str | Path) -> None:
