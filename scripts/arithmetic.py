@@ -13,15 +13,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # the rooms lie in the root, this script in scripts/
 
-from training.run_settings import FinetuneSettings, RunSettings, TrainSettings  # noqa: E402
-from training.settings import parse, run_script  # noqa: E402
+from scripts.configured import configured  # noqa: E402
+from training.run_settings import FinetuneSettings, TrainSettings  # noqa: E402
+from training.settings import run_script  # noqa: E402
 
-R = TypeVar("R", bound=RunSettings)
 MEAN_OF = 20  # steps at either end: the reward of one step's 16 prompts is noisy
 
 
@@ -74,16 +73,6 @@ def prepare_once(folder: Path) -> None:
 
     sums = PrepareSettings("arithmetic", data_dir=str(folder), tokenizer="bpe", vocab_size=288, val_fraction=0.1)
     prepare(sums)
-
-
-def configured(cls: type[R], config: str, max_steps: int | None, **places: str) -> R:
-    """The settings of a config file with this script's folders, going on after an interruption."""
-    flags = ["--config", str(ROOT / "configs" / config), "--auto_resume"]
-    for name, value in places.items():
-        flags += [f"--{name}", value]
-    if max_steps is not None:
-        flags += ["--max_steps", str(max_steps)]
-    return parse(cls, flags)
 
 
 def rewards(folder: Path) -> tuple[float, float]:

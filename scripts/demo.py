@@ -12,15 +12,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # the rooms lie in the root, this script in scripts/
 
-from training.run_settings import FinetuneSettings, RunSettings, TrainSettings  # noqa: E402
-from training.settings import parse, run_script  # noqa: E402
-
-R = TypeVar("R", bound=RunSettings)
+from scripts.configured import configured  # noqa: E402
+from training.run_settings import FinetuneSettings, TrainSettings  # noqa: E402
+from training.settings import run_script  # noqa: E402
 
 
 @dataclass
@@ -50,13 +48,15 @@ def main(settings: DemoSettings) -> None:
     from training.launch import finetune, pretrain
 
     tell("3/5  Pretraining: python train_gpt2.py --config configs/demo_pretrain.yaml")
-    base = configured(TrainSettings, "demo_pretrain.yaml", settings, data_dir=str(text), log_dir=settings.logs)
+    base = configured(
+        TrainSettings, "demo_pretrain.yaml", settings.max_steps, data_dir=str(text), log_dir=settings.logs
+    )
     if not pretrain(base)["finished"]:
         return
     tell("4/5  Fine-tuning: python finetune_dolly.py --config configs/demo_finetune.yaml")
     best = str(Path(settings.logs) / "best.pt")
     places = {"data_dir": str(records), "log_dir": settings.logs_finetune, "pretrained_checkpoint": best}
-    if not finetune(configured(FinetuneSettings, "demo_finetune.yaml", settings, **places))["finished"]:
+    if not finetune(configured(FinetuneSettings, "demo_finetune.yaml", settings.max_steps, **places))["finished"]:
         return
     tell("5/5  Before and after: python sample.py --checkpoints ... --prompts configs/demo_prompts.jsonl")
     show(settings, best)
@@ -73,16 +73,6 @@ def prepare_once(source: str, folder: Path, tokenizer: str, max_documents: int |
 
     print(f"python prepare_data.py --source {source} --tokenizer {tokenizer} --data_dir {folder}", flush=True)
     prepare(PrepareSettings(source=source, tokenizer=tokenizer, data_dir=str(folder), max_documents=max_documents))
-
-
-def configured(cls: type[R], config: str, settings: DemoSettings, **places: str) -> R:
-    """The settings of a config file with the demo's folders, going on after an interruption."""
-    flags = ["--config", str(ROOT / "configs" / config), "--auto_resume"]
-    for name, value in places.items():
-        flags += [f"--{name}", value]
-    if settings.max_steps is not None:
-        flags += ["--max_steps", str(settings.max_steps)]
-    return parse(cls, flags)
 
 
 def show(settings: DemoSettings, base: str) -> None:
