@@ -4,7 +4,7 @@
     python export.py hf CKPT OUT_DIR            a folder that transformers loads
     python export.py gguf CKPT OUT.gguf         a file that llama.cpp loads (--dtype f32, f16 or q8_0)
     python export.py merge ADAPTER OUT.pt       a LoRA adapter and its base as one model
-    python export.py peft ADAPTER OUT_DIR       a LoRA adapter as PEFT loads it
+    python export.py peft ADAPTER OUT_DIR       a LoRA adapter or a prefix as PEFT loads it
 
 Each reads back what it wrote and prints the largest difference. Exit code 2 for bad input.
 """
@@ -21,7 +21,7 @@ COMMANDS: dict[str, tuple[type, tuple[str, ...], str]] = {
     "hf": (HuggingFaceSettings, ("checkpoint", "out"), "hf CKPT OUT_DIR: write a folder that transformers loads."),
     "gguf": (GgufSettings, ("checkpoint", "out"), "gguf CKPT OUT.gguf: write a file that llama.cpp loads."),
     "merge": (MergeSettings, ("adapter", "out"), "merge ADAPTER OUT.pt: put a LoRA adapter into its base."),
-    "peft": (PeftSettings, ("adapter", "out"), "peft ADAPTER OUT_DIR: write a LoRA adapter as PEFT loads it."),
+    "peft": (PeftSettings, ("adapter", "out"), "peft ADAPTER OUT_DIR: write LoRA or a prefix as PEFT loads it."),
 }
 
 

@@ -57,14 +57,14 @@ def export_gguf(settings: GgufSettings, say: Say) -> None:
 
 
 def export_peft(settings: PeftSettings, say: Say) -> None:
-    """Write a LoRA adapter as a folder that PEFT loads. Raises ValueError or OSError for what cannot be."""
+    """Write a LoRA adapter or a prefix as a folder that PEFT loads. Raises ValueError or OSError for what cannot be."""
     from formats.peft import write_peft
 
     _need(settings.adapter, "ADAPTER, the adapter to export")
     _need(settings.out, "OUT_DIR, the folder to write")
     report = write_peft(load_payload(settings.adapter), Path(settings.out))
     _say_notes(report, say)
-    say(f"Compared the updates with {settings.out} read back: largest difference {report['largest_difference']:g}")
+    say(f"Compared what it does with {settings.out} read back: largest difference {report['largest_difference']:g}")
 
 
 @torch.inference_mode()

@@ -46,7 +46,7 @@ class GgufSettings:
 
 @dataclass
 class PeftSettings:
-    """export.py peft: make a LoRA adapter a folder that PEFT loads."""
+    """export.py peft: make a LoRA adapter or a prefix a folder that PEFT loads."""
 
     adapter: str = ""
     """The adapter to export (.pt)."""

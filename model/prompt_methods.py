@@ -27,6 +27,7 @@ class PrefixSettings:
 
     length: int = 20
     hidden: int = 512  # width of the MLP whose outputs are the prefix; 0 = the keys and values are trained themselves
+    takes_positions: bool = False  # the text begins at position `length`, as in PEFT, not at 0
 
     def __post_init__(self) -> None:
         _check_count("prefix length", self.length, 1)
@@ -141,7 +142,7 @@ class Prefix(Prompt):
     """
 
     def __init__(self, model: GPT, settings: PrefixSettings) -> None:
-        super().__init__(settings.length, positions=0)
+        super().__init__(settings.length, positions=settings.length if settings.takes_positions else 0)
         sizes = {layer: model.config.layer(layer) for layer in range(model.config.n_layer)}
         # Keys and values together, as (2, n_kv_head, P, head_dim).
         self.shapes = {i: (2, s.n_kv_head, settings.length, s.head_dim) for i, s in sizes.items() if s.n_head}
@@ -242,7 +243,10 @@ class PromptEncoder(nn.Module):
 
 
 def apply_prefix(model: GPT, settings: PrefixSettings) -> GPT:
-    """Puts a trained prefix before every layer's keys, in place, and freezes all else; returns the model."""
+    """Puts a trained prefix before every layer's keys, in place, and freezes all else; returns the model.
+
+    ValueError if it takes all of the text's positions.
+    """
     return _put_in_front(model, Prefix(model, settings))
 
 
@@ -251,17 +255,17 @@ def apply_p_tuning(model: GPT, settings: PTuningSettings) -> GPT:
 
     The text's context is shorter by as many: see `GPT.context_length`. ValueError if nothing is left of it.
     """
-    if settings.length >= model.config.block_size:
-        raise ValueError(
-            f"{settings.length} virtual tokens leave nothing of the model's context of {model.config.block_size}: "
-            "make p_tuning length smaller"
-        )
     return _put_in_front(model, VirtualTokens(model, settings))
 
 
 def _put_in_front(model: GPT, prompt: Prompt) -> GPT:
     if model.prompt is not None:
         raise ValueError("this model has a prefix or virtual tokens already: start from its base")
+    if prompt.positions >= model.config.block_size:
+        raise ValueError(
+            f"{prompt.length} positions before the text leave nothing of the model's context of "
+            f"{model.config.block_size}: make the length of prefix or p_tuning smaller"
+        )
     model.requires_grad_(False)
     model.prompt = prompt.train(model.training)
     model.context_length = model.config.block_size - prompt.positions

@@ -120,7 +120,7 @@ def test_what_is_not_plain_lora_is_refused_with_the_reason(tmp_path: Path) -> No
     config, weights = json.loads(config_file.read_text()), load_file(weights_file)
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-        ({"peft_type": "IA3"}, {}, "is of type 'IA3', LORA can be read"),
+        ({"peft_type": "IA3"}, {}, "is of type 'IA3', LORA and PREFIX_TUNING can be read"),
         ({"bias": "all"}, {}, "bias is 'all', which is more than LoRA"),
         ({"modules_to_save": ["lm_head"]}, {}, "modules_to_save"),
         ({"init_lora_weights": "pissa_niter_4"}, {}, "changed the base's weights"),

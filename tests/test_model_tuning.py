@@ -43,6 +43,7 @@ CASES = {
     "houlsby": ("adapter", AdapterSettings(dim=6, placement="houlsby")),
     "prefix": ("prefix", PrefixSettings(length=5, hidden=16)),
     "prefix-direct": ("prefix", PrefixSettings(length=5, hidden=0)),
+    "prefix-placed": ("prefix", PrefixSettings(length=5, hidden=0, takes_positions=True)),
     "p_tuning-mlp": ("p_tuning", PTuningSettings(length=5, hidden=16)),
     "p_tuning-lstm": ("p_tuning", PTuningSettings(length=5, hidden=8, encoder="lstm")),
 }

@@ -109,6 +109,7 @@ _FIELDS = {
     "adapter_placement": "placement",
     "prefix_length": "length",
     "prefix_hidden": "hidden",
+    "prefix_takes_positions": "takes_positions",
     "p_tuning_encoder": "encoder",
     "train_layers": "n_layer",
 }

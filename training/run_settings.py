@@ -137,8 +137,9 @@ class FinetuneSettings(RunSettings):
     """Folder of the run: model_NNNNN.pt, metrics.jsonl, config.yaml, training.log, curves.png."""
     finetune_method: Literal["full", "progressive", "freeze", "lora", "qlora", "adapter", "prefix", "p_tuning"] = "full"
     """What is trained: all parameters, at once or from the top down, the last layers, or a small addition."""
-    objective: Literal["sft", "dpo", "grpo"] = "sft"
-    """What is minimised: loss on given answers, on pairs of a better and a worse one, or minus a reward of new ones."""
+    objective: Literal["sft", "dpo", "grpo", "distill"] = "sft"
+    """What is minimised: loss on given answers, on pairs of a better and a worse one, minus a reward of new ones, or
+    distance from a teacher's predictions."""
     dpo_beta: float = 0.1
     """DPO: how much a change of log-probability against the reference counts; larger stays closer to it."""
     dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"
@@ -159,6 +160,12 @@ class FinetuneSettings(RunSettings):
     """GRPO: longest completion."""
     grpo_temperature: float = 1.0
     """GRPO: temperature of completions."""
+    teacher: str | None = None
+    """Distillation: the model to learn from, of any kind that --pretrained_checkpoint takes, with the same tokenizer."""
+    distill_hard: float = 0.0
+    """Distillation: share of the ordinary loss on the text's own tokens; the rest is the divergence from the teacher."""
+    distill_hidden: float = 0.0
+    """Distillation: weight of the distance between both models' streams behind each block, which both have alike."""
     adapter: str | None = None
     """A trained adapter to go on with, on the base that --pretrained_checkpoint names."""
     lora_r: int = 8
@@ -189,6 +196,8 @@ class FinetuneSettings(RunSettings):
     """Prefix and P-tuning: how many keys and values, or virtual tokens, stand before the text."""
     prefix_hidden: int = 512
     """Prefix and P-tuning: width of the network that makes them; 0 = the prefix itself is trained."""
+    prefix_takes_positions: bool = False
+    """Prefix: the text begins at position prefix_length, as in PEFT (which a GPT-2's prefix must, to go there)."""
     p_tuning_encoder: Literal["mlp", "lstm", "none"] = "mlp"
     """P-tuning: the network that makes the virtual tokens."""
     train_layers: int = 2
@@ -243,7 +252,7 @@ METHOD_FLAGS: dict[str, tuple[str, ...]] = {
     "lora": _LORA_FLAGS,
     "qlora": (*_LORA_FLAGS, "quantization"),
     "adapter": ("adapter_dim", "adapter_dropout", "adapter_placement"),
-    "prefix": ("prefix_length", "prefix_hidden"),
+    "prefix": ("prefix_length", "prefix_hidden", "prefix_takes_positions"),
     "p_tuning": ("prefix_length", "prefix_hidden", "p_tuning_encoder"),
 }
 
@@ -260,6 +269,7 @@ OBJECTIVE_FLAGS: dict[str, tuple[str, ...]] = {
         "grpo_max_new_tokens",
         "grpo_temperature",
     ),
+    "distill": ("teacher", "distill_hard", "distill_hidden"),
 }
 
 # What a method changes in finetune_dolly.py's defaults; anything set explicitly wins. Few parameters, which start at or
@@ -277,7 +287,7 @@ OBJECTIVE_DEFAULTS: dict[str, dict[str, float]] = {
     "dpo": {"total_batch_size": 65536},
     "grpo": {"total_batch_size": 16384},
 }
-# Both move a model that can answer already, and with rates of supervised training they undo what it can.
+# They move a model that can answer already, and with rates of supervised training they undo what it can.
 PREFERENCE_LR: dict[str, float] = {
     **dict.fromkeys(("full", "progressive", "freeze"), 3e-6),
     **dict.fromkeys(("lora", "qlora"), 1e-5),
