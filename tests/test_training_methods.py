@@ -286,6 +286,8 @@ LORA = ["--finetune_method", "lora"]
         (["--finetune_method", "p_tuning", "--prefix_length", "128"], "128"),
         (["--finetune_method", "qlora", "--quantization", "int4"], "int8"),
         (["--lora_r", "16"], "--lora_r 16 does nothing with --finetune_method full: it is for lora or qlora"),
+        (["--lora_r", "8"], "--lora_r 8 does nothing with --finetune_method full: it is for lora or qlora"),
+        (["--grpo_group", "8"], "--grpo_group 8 does nothing with --objective sft: it is for grpo"),
         ([*LORA, "--adapter_dim", "8"], "--adapter_dim 8 does nothing with --finetune_method lora: it is for adapter"),
     ],
 )

@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies
 
 from training.aliases import ALIASES, CHOICES, IMPLIED, SECTIONS
 from training.run_settings import FinetuneSettings, RunSettings, TrainSettings
-from training.settings import field_names, is_explicit, parse, to_dict, to_yaml
+from training.settings import field_names, is_explicit, is_flag, parse, to_dict, to_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -327,6 +327,7 @@ def test_explicit_names_say_what_was_set_even_at_its_default(tmp_path: Path) -> 
     parsed = parse(FinetuneSettings, ["--config", file, "--max_steps", "6", "--no_packing"])
     assert parsed.explicit_names == {"max_lr", "max_steps", "packing"}  # type: ignore[attr-defined]
     assert is_explicit(parsed, "max_steps") and not is_explicit(parsed, "batch_size")
+    assert is_flag(parsed, "max_steps") and not is_flag(parsed, "max_lr")
 
 
 # -- values ------------------------------------------------------------------------------------------------------------

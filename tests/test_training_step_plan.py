@@ -207,6 +207,6 @@ def test_resolved_settings_alone_give_the_same_plan(argv: list[str]) -> None:
         given_ = parse(cls, argv)
         made = plan_steps(given_, given_.block_size, 5000, 1)
         final = resolved(given_, made)
-        object.__setattr__(final, "explicit_names", frozenset(vars(final)))
+        object.__setattr__(final, "explicit_names", frozenset(vars(final)))  # none of them a flag
         assert is_explicit(final, "max_steps")
         assert plan_steps(final, made.block_size, 5000, 1) == made

@@ -221,7 +221,8 @@ def _name_positionals(words: Sequence[str], names: Sequence[str]) -> list[str]:
 def parse(cls: type[S], argv: Sequence[str] | None = None, *, description: str = "") -> S:
     """Settings from `argv`: defaults, then `--config FILE`, then flags.
 
-    What was set explicitly is kept as `settings.explicit_names`: an explicit setting beats a default.
+    What was set explicitly is kept as `settings.explicit_names`: an explicit setting beats a default; what was set by
+    a flag, not by the file alone, as `settings.flag_names`.
     Raises ValueError for unknown names and wrong values; SystemExit(0) after --help and --print_config.
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -230,6 +231,7 @@ def parse(cls: type[S], argv: Sequence[str] | None = None, *, description: str =
     words = [word for word in words if word != "--print_config"]
     asks_help = any(word in ("-h", "--help") for word in words)
     flags, explicit = (["--help"], set()) if asks_help else _normalize(cls, words)
+    flag_names = frozenset(explicit)
     settings: S | None = None
     if config is not None and not asks_help:
         values = _without_rivals(cls, load_yaml(config, cls), explicit)
@@ -240,6 +242,7 @@ def parse(cls: type[S], argv: Sequence[str] | None = None, *, description: str =
         explicit |= set(values)
     settings = _read(cls, flags, description, settings)
     object.__setattr__(settings, "explicit_names", frozenset(explicit))
+    object.__setattr__(settings, "flag_names", flag_names)
     if print_config:
         print(to_yaml(settings), end="")
         raise SystemExit(0)
@@ -286,6 +289,11 @@ def is_explicit(settings: Any, name: str) -> bool:
         return name in names
     (field,) = (field for field in dataclasses.fields(settings) if field.name == name)
     return bool(getattr(settings, name) != field.default)
+
+
+def is_flag(settings: Any, name: str) -> bool:
+    """Whether `name` was set by a flag. A file may be a run's config.yaml, which names every setting."""
+    return name in getattr(settings, "flag_names", ())
 
 
 def to_dict(settings: Any) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def with_preset_defaults(settings: R) -> R:
     if isinstance(settings, FinetuneSettings):
         method, objective = settings.finetune_method, settings.objective
         defaults: Mapping[str, float] = METHOD_DEFAULTS.get(method, {})
-        if objective != "sft":
+        if objective in OBJECTIVE_DEFAULTS:
             defaults = {**defaults, "max_lr": PREFERENCE_LR[method], **OBJECTIVE_DEFAULTS[objective]}
     else:
         defaults = PRESET_DEFAULTS.get(settings.preset, {})
@@ -152,4 +152,5 @@ def note_versions(saved: dict[str, Any], now: dict[str, Any], say: Say) -> None:
 def _replace(settings: R, changes: dict[str, Any], explicit: frozenset[str]) -> R:
     replaced = dataclasses.replace(settings, **changes)
     object.__setattr__(replaced, "explicit_names", explicit)
+    object.__setattr__(replaced, "flag_names", getattr(settings, "flag_names", frozenset()))
     return replaced

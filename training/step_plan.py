@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from training.run_settings import METHOD_FLAGS, OBJECTIVE_FLAGS, FinetuneSettings, RunSettings
 from training.schedule import Schedule
-from training.settings import is_explicit, to_dict
+from training.settings import is_explicit, is_flag, to_dict
 
 R = TypeVar("R", bound=RunSettings)
 
@@ -149,7 +149,8 @@ def _refuse_idle_flags(settings: FinetuneSettings) -> None:
     for choice, table in (("finetune_method", METHOD_FLAGS), ("objective", OBJECTIVE_FLAGS)):
         own = table[given[choice]]
         for name in (flag for flags in table.values() for flag in flags if flag not in own):
-            if is_explicit(settings, name) and given[name] != defaults[name]:  # config.yaml names them all
+            changed = is_explicit(settings, name) and given[name] != defaults[name]
+            if changed or is_flag(settings, name):
                 users = " or ".join(user for user, flags in table.items() if name in flags)
                 raise ValueError(
                     f"--{name} {given[name]} does nothing with --{choice} {given[choice]}: it is for {users}"
