@@ -118,7 +118,8 @@ def _observe(
             if advance:
                 rows.copy_(after)
     influence = 1 - cosines / states[..., 0].numel()
-    return LayerStatistics(*(sums[site].finish() if site in sums else None for site in SITES), influence)
+    found = {site: sums[site].finish() if site in sums else None for site in SITES}
+    return LayerStatistics(**found, influence=influence)
 
 
 @torch.no_grad()
