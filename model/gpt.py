@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from model.cache import KeyValues, KVCache
 from model.config import GPTConfig
 from model.linear import Linear, linear
 from model.loss import linear_cross_entropy_each, linear_cross_entropy_sum
+from model.masks import Masks
 from model.rope import rope_frequencies, rope_tables
 
 
@@ -103,6 +105,7 @@ class GPT(nn.Module):
         self.gradient_checkpointing = False  # recompute each block in backward: less memory, about 4/3 of the time
         self.prompt: nn.Module | None = None  # trained context in front of every text, see prompt_methods.py
         self.head: nn.Module | None = None  # in place of the head's matrix for logits, see quantize.py
+        self.masks: Masks = {}  # of a pruned model: what every change of its weights keeps at zero
         self.context_length = config.block_size  # of a text, in tokens; what the prompt takes of it is not in it
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
@@ -144,6 +147,7 @@ class GPT(nn.Module):
         logits_for: str | Tensor = "all",
         reduction: str = "sum",
         temperature: float = 1.0,
+        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Logits (B, T, padded_vocab_size) of idx (B, T), -inf for ids that do not exist; or, given targets, the loss.
 
@@ -153,8 +157,11 @@ class GPT(nn.Module):
         reduction: "none" returns the loss of each position (B, T) instead, 0 where nothing is supervised, of logits
         divided by `temperature`.
         logits_for: "all", "last", or one index per row (B,); the latter two return (B, 1, padded_vocab_size).
+        criterion: makes what is returned of the stream after the last norm (B, T, C) and the head's matrix (V, C).
         """
         hidden, head = self.hidden(idx, positions=positions, doc_ids=doc_ids, cache=cache)
+        if criterion is not None:
+            return criterion(hidden, head)
         if targets is not None and reduction == "none":
             scaled = (hidden if temperature == 1.0 else hidden / temperature).flatten(0, 1)
             return _losses(scaled, head, targets.flatten(), self.config.vocab_size).view_as(targets)

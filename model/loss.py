@@ -91,6 +91,105 @@ class _LinearCrossEntropyEach(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None
 
 
+def linear_distillation_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    hard: float = 0.0,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a student's predictions lack of its teacher's, summed over the supervised positions; fp32 scalars in nats:
+
+        loss = (1 - hard) KL(teacher || student) + hard CE(targets), and without gradients the KL and the CE themselves
+
+    hidden (N, C) and weight (V, C) are the student's, teacher_hidden (N, D) and teacher_weight (W, D) get no gradient;
+    targets and `vocab_size`, at most V and W, as for `linear_cross_entropy_sum`. The KL is over all ids that exist.
+
+    As there, logits exist for `chunk` rows at a time, here of both models, and the gradient in the student's logits,
+    p_student - (1 - hard) p_teacher - hard [target], is worked out while they are at hand.
+    """
+    assert hidden.dim() == 2 and weight.dim() == 2 and len(hidden) == len(teacher_hidden) == len(targets)
+    assert vocab_size <= min(len(weight), len(teacher_weight)) and 0.0 <= hard <= 1.0
+    given = (hidden, weight, teacher_hidden.detach(), teacher_weight.detach(), targets, vocab_size, hard, chunk)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return _LinearDistillationSum.apply(*given)
+    return _distillation(*given)[0]
+
+
+class _LinearDistillationSum(torch.autograd.Function):
+    """As `_LinearCrossEntropySum`, with the two parts of the loss beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        sums, *ctx.gradients = _distillation(*given, need_hidden=need_hidden, need_weight=need_weight)
+        ctx.mark_non_differentiable(*sums[1:])
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("this loss keeps its gradients for one backward pass; compute the loss again")
+        grad_hidden, grad_weight = (None if g is None else g.mul_(grad_loss) for g in ctx.gradients)
+        ctx.gradients = None
+        return grad_hidden, grad_weight, *(None,) * 6
+
+
+def _distillation(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    hard: float,
+    chunk: int | None,
+    *,
+    need_hidden: bool = False,
+    need_weight: bool = False,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None, Tensor | None]:
+    """The sums (loss, KL, CE); where needed, the loss's gradients in `hidden` (N, C) and `weight` (V, C)."""
+    dtype = _matmul_dtype(hidden, weight)
+    table = weight.detach()[:vocab_size].to(dtype)  # (v, C): ids that do not exist have no part in it
+    teacher_table = teacher_weight[:vocab_size].to(dtype)  # (v, D)
+    rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # (S,) the supervised positions
+    step = min(chunk or chunk_rows(3 * vocab_size, hidden.device.type), max(1, len(rows)))
+    exact = torch.promote_types(dtype, torch.float32)
+    buffers = torch.empty(3, step, vocab_size, dtype=exact, device=hidden.device)
+    kl = torch.zeros((), dtype=exact, device=hidden.device)
+    ce = torch.zeros_like(kl)
+    grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+    grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if need_weight else None
+    with torch.no_grad():
+        for start in range(0, len(rows), step):
+            piece = rows[start : start + step]  # (n,)
+            ours, theirs, p = buffers[:, : len(piece)]  # (n, v) each
+            x = hidden.detach()[piece].to(dtype)  # (n, C)
+            _log_softmax(x, table, vocab_size, ours)
+            _log_softmax(teacher_hidden[piece].to(dtype), teacher_table, vocab_size, theirs)
+            torch.exp(theirs, out=p)
+            # Summed as differences: each is small where the two agree, the entropies themselves are not.
+            kl += theirs.sub_(ours).mul_(p).sum()
+            wanted = targets[piece].unsqueeze(1)  # (n, 1)
+            ce -= ours.gather(1, wanted).sum()
+            if not (need_hidden or need_weight):
+                continue
+            delta = ours.exp_().sub_(p.mul_(1.0 - hard))
+            if hard:
+                delta.scatter_add_(1, wanted, torch.full_like(wanted, -hard, dtype=exact))
+            delta = delta.to(dtype)
+            if grad_hidden is not None:
+                grad_hidden.index_copy_(0, piece, (delta @ table).to(hidden.dtype))
+            if grad_weight is not None:
+                _add_outer(grad_weight[:vocab_size], delta, x)
+    grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+    return ((1.0 - hard) * kl + hard * ce, kl, ce), grad_hidden, grad_weight
+
+
 def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

@@ -21,7 +21,7 @@ from tests.full_checkpoints import same
 from tests.runs import log, losses, records, spied_batches, status, steps_on_disk, tune, weights
 from tests.tiny import BYTES, record_set, text_set
 from tests.tiny_checkpoints import tiny_model
-from tests.two_processes import LORA, PROGRESSIVE, STEP
+from tests.two_processes import LORA, PROGRESSIVE, STEP, distillation
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,9 +32,9 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     text_set(folder / "text")
     record_set(folder / "records")
-    model = tiny_model(block_size=128, scale=1.0)
-    payload = {"model": model.state_dict(), "config": model.config.to_dict(), "tokenizer": BYTES.spec()}
-    save_checkpoint(folder / "model.pt", payload)
+    for name, model in {"model": tiny_model(block_size=128, scale=1.0), "teacher": tiny_model(1, 128)}.items():
+        payload = {"model": model.state_dict(), "config": model.config.to_dict(), "tokenizer": BYTES.spec()}
+        save_checkpoint(folder / f"{name}.pt", payload)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*command, str(ROOT / "tests" / "two_processes.py"), str(folder)],
@@ -92,6 +92,17 @@ def test_two_processes_equal_one_where_a_part_trains(
     unchanged = [key for key, tensor in load_checkpoint(launched / "model.pt")["model"].items()
                  if key in one and torch.equal(tensor, one[key])]  # fmt: skip
     assert not unchanged, "every layer has joined by the end"
+
+
+def test_two_processes_equal_one_under_a_teacher(launched: Path, tmp_path: Path) -> None:
+    tune(launched / "records", tmp_path, launched / "model.pt", **{**STEP, **distillation(launched)})
+    folder = launched / "distill"
+    assert losses(folder) == pytest.approx(losses(tmp_path), rel=2e-6) and len(set(losses(folder))) == 6
+    for name in ("distill/kl", "distill/cross_entropy", "distill/hidden", "grad_norm"):
+        both = [[record[name] for record in records(at)] for at in (folder, tmp_path)]
+        assert both[0] == pytest.approx(both[1], rel=1e-4), name
+    for name, tensor in weights(tmp_path, 5).items():
+        torch.testing.assert_close(weights(folder, 5)[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_the_checkpoint_is_one_file_with_a_random_state_for_each(launched: Path) -> None:

@@ -41,6 +41,11 @@ LORA: dict[str, Any] = {"finetune_method": "lora", "lora_r": 4, "lora_dropout": 
 PROGRESSIVE: dict[str, Any] = {"finetune_method": "progressive", "unfreeze_stages": 2, "layer_lr_decay": 0.5}
 
 
+def distillation(folder: Path) -> dict[str, Any]:
+    """The settings of it."""
+    return {"objective": "distill", "teacher": str(folder / "teacher.pt"), "distill_hard": 0.2, "distill_hidden": 0.5}
+
+
 def lora(folder: Path) -> dict[str, Any]:
     """A fine-tuning of few parameters: the rest is not in the gradients that travel."""
     return tune(folder / "records", folder / "lora", folder / "model.pt", **{**STEP, **LORA})
@@ -49,6 +54,11 @@ def lora(folder: Path) -> dict[str, Any]:
 def progressive(folder: Path) -> dict[str, Any]:
     """Half of the layers join in the middle of the run: from then on their gradients must travel too."""
     return tune(folder / "records", folder / "progressive", folder / "model.pt", **{**STEP, **PROGRESSIVE})
+
+
+def distill(folder: Path) -> dict[str, Any]:
+    """A fine-tuning towards a teacher's predictions and streams."""
+    return tune(folder / "records", folder / "distill", folder / "model.pt", **{**STEP, **distillation(folder)})
 
 
 def dropout(folder: Path) -> dict[str, Any]:
@@ -119,7 +129,7 @@ if __name__ == "__main__":
     where = Path(sys.argv[1])
     # One process group serves all runs: the store of torchrun does not take a second one.
     with mock.patch("training.launch.close_distributed", lambda here: None):
-        for case in (plain, lora, progressive, dropout, nan, skip, full_disk):
+        for case in (plain, lora, progressive, distill, dropout, nan, skip, full_disk):
             seen = observed(case, where)
             (where / f"{case.__name__}-{RANK}.json").write_text(json.dumps(seen))
     torch.distributed.destroy_process_group()

@@ -236,7 +236,10 @@ def _rows_each(settings: RunSettings) -> int:
 
 
 def _reference(settings: RunSettings, weights: int) -> int:
-    """The frozen copy that DPO and GRPO compare with; an adapter switched off is one for nothing."""
+    """The frozen copy that DPO and GRPO compare with (an adapter switched off is one for nothing), or the teacher."""
+    if isinstance(settings, FinetuneSettings) and settings.objective == "distill" and settings.teacher is not None:
+        with torch.device("meta"):
+            return 4 * GPT(read_config(settings.teacher)).num_params()
     if getattr(settings, "objective", "sft") == "sft" or METHODS[settings.finetune_method].adapts:  # type: ignore[attr-defined]
         return 0
     return weights

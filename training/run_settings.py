@@ -161,9 +161,9 @@ class FinetuneSettings(RunSettings):
     grpo_temperature: float = 1.0
     """GRPO: temperature of completions."""
     teacher: str | None = None
-    """Distillation: the model to learn from, of any kind that --pretrained_checkpoint takes, with the same tokenizer."""
+    """Distillation: the model to learn from, of any kind that can be started from, with the same tokenizer."""
     distill_hard: float = 0.0
-    """Distillation: share of the ordinary loss on the text's own tokens; the rest is the divergence from the teacher."""
+    """Distillation: share of the ordinary loss on the text's own tokens; the rest is divergence from the teacher."""
     distill_hidden: float = 0.0
     """Distillation: weight of the distance between both models' streams behind each block, which both have alike."""
     adapter: str | None = None
@@ -184,6 +184,8 @@ class FinetuneSettings(RunSettings):
     """LoRA: start at nothing, or at the largest singular parts of the weight (PiSSA)."""
     lora_plus_ratio: float = 1.0
     """LoRA: learning rate of B over that of A (LoRA+ advises 16)."""
+    lora_mask: bool = True
+    """LoRA on a pruned base: on = what is pruned stays zero, merged too; off = it writes there, and never merges."""
     quantization: Literal["nf4", "int8"] = "nf4"
     """QLoRA: how the base is kept."""
     adapter_dim: int = 64
@@ -242,7 +244,7 @@ class FinetuneSettings(RunSettings):
 
 _LORA_FLAGS: tuple[str, ...] = (
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
-    *("use_rslora", "use_dora", "lora_init", "lora_plus_ratio"),
+    *("use_rslora", "use_dora", "lora_init", "lora_plus_ratio", "lora_mask"),
 )
 # The settings that belong to one method or a few; given beside another method they would do nothing.
 METHOD_FLAGS: dict[str, tuple[str, ...]] = {

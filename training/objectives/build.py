@@ -9,6 +9,7 @@ from typing import Any
 from data.shards import TokenSet
 from data.tokenizer import Tokenizer
 from model.gpt import GPT
+from training.objectives.distill import Distillation, open_teacher
 from training.objectives.dpo import DPO
 from training.objectives.grpo import GRPO
 from training.objectives.objective import Objective, Supervised
@@ -22,12 +23,13 @@ from training.stop import StopRequest
 _KINDS = {
     "sft": (("text", "instruction"), "prepare records with an answer each (prepare_data.py --format instruction)"),
     "dpo": (("preference",), "prepare pairs of a chosen and a rejected answer (prepare_data.py --format preference)"),
+    "distill": (("text", "instruction"), "prepare text or records (prepare_data.py)"),
     "grpo": (("prompts", "instruction"), "prepare prompts (prepare_data.py --format prompts) or records"),
 }
 
 
 def objective_name(settings: RunSettings) -> str:
-    """sft, dpo or grpo; pretraining is what sft is on text."""
+    """sft, dpo, grpo or distill; pretraining is what sft is on text."""
     return settings.objective if isinstance(settings, FinetuneSettings) else "sft"
 
 
@@ -41,7 +43,7 @@ def check_data(settings: RunSettings, tokens: TokenSet) -> None:
             f"{tokens.folder}: is a set of kind {kind}, --objective {name} needs {' or '.join(kinds)}: "
             f"use {' or '.join(fits)}, or {remedy}"
         )
-    if name != "sft" and is_explicit(settings, "packing") and settings.packing:
+    if name in ("dpo", "grpo") and is_explicit(settings, "packing") and settings.packing:
         raise ValueError(f"--packing: --objective {name} compares whole rows of one sequence each: leave it out")
 
 
@@ -64,6 +66,9 @@ def build_objective(
         )
     if not isinstance(settings, FinetuneSettings) or name == "sft":
         return Supervised(model), {}
+    if name == "distill":
+        teacher, called, entries = open_teacher(settings, start, model, tokenizer, folder)
+        return Distillation(settings, model, teacher, called), entries
     if name == "grpo" and settings.grpo_beta == 0:
         return GRPO(settings, model, None, tokenizer, stop_ids, stop), {}
     reference, entries = open_reference(settings, start, model, folder)
