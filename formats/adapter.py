@@ -1,8 +1,10 @@
 """Adapter files: what a method of fine-tuning added to a base model, and which base that was.
 
 A checkpoint whose `model` holds the adapter's tensors alone (megabytes beside a base of gigabytes), with two entries
-more: `adapter` = {"method", "settings"}, and `base` = {"digest", "path", "name"}. The digest is of the base's weights,
-not of a file, so that the same model as a checkpoint, a Hugging Face folder or a GGUF file is the same base.
+more: `adapter` = {"method", "settings"}, and `base` = {"digest", "masks", "path", "name"}. The digest is of the base's
+weights, not of a file, so that the same model as a checkpoint, a Hugging Face folder or a GGUF file is the same base.
+`masks` is the digest of its pruning masks, None for a dense model: LoRA computes W + M * (s B A) over them, so that the
+same weights in a file without masks (a Hugging Face folder, say) are another base.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 
+from formats.checkpoint import payload_masks
 from model.gpt import GPT
 from model.tuning import apply_method, load_adapter_state, settings_from_dict, settings_to_dict
 
@@ -25,20 +28,31 @@ def is_adapter(payload: Mapping[str, Any]) -> bool:
 
 
 def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over the fp32 weights by name: 0.3 s for 135M parameters."""
+    """SHA-256 over the fp32 weights by name: 0.4 s for 135M parameters."""
     digest = hashlib.sha256()
     for name in sorted(weights):
-        tensor = weights[name].detach().to("cpu", torch.float32).contiguous()
+        # + 0.0 makes -0.0 the 0.0 that it equals: compact storage does not keep the sign of what was pruned away.
+        tensor = (weights[name].detach().to("cpu", torch.float32) + 0.0).contiguous()
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def base_entry(base: Mapping[str, Any], name: str, folder: Path) -> dict[str, str]:
+def masks_digest(payload: Mapping[str, Any]) -> str | None:
+    """SHA-256 over a loaded model's masks by name, whatever blocks they are written in; None for a dense model."""
+    masks = payload_masks(payload, "the base")
+    digest = hashlib.sha256()
+    for name in sorted(masks):
+        digest.update(f"{name} {masks[name].shape}\n".encode())
+        digest.update(masks[name].dense().contiguous().numpy().data)
+    return digest.hexdigest() if masks else None
+
+
+def base_entry(base: Mapping[str, Any], name: str, folder: Path) -> dict[str, str | None]:
     """The entry `base` for an adapter in `folder` of the loaded model `base`, which was opened as `name`."""
     local = Path(name).exists()
     path = os.path.relpath(name, folder) if local else name
-    return {"digest": weights_digest(base["model"]), "path": path, "name": name}
+    return {"digest": weights_digest(base["model"]), "masks": masks_digest(base), "path": path, "name": name}
 
 
 def adapter_entry(method: str, settings: Any) -> dict[str, Any]:
@@ -67,6 +81,16 @@ def check_base(payload: Mapping[str, Any], path: Path, base: Mapping[str, Any], 
             f"{path}: was trained on a base whose weights have the digest {wanted[:12]}, those of {name} have "
             f"{found[:12]}: name the right one with --base_model (it was {payload['base']['name']})"
         )
+    had, has = payload["base"].get("masks"), masks_digest(base)
+    if wanted is not None and had != has:
+        raise ValueError(
+            f"{path}: was trained on a base {_under(had)}, {name} has its weights but is {_under(has)}: name the "
+            f"right one with --base_model (it was {payload['base']['name']})"
+        )
+
+
+def _under(masks: str | None) -> str:
+    return "without pruning masks" if masks is None else f"under pruning masks of the digest {masks[:12]}"
 
 
 def put_on(model: GPT, payload: Mapping[str, Any], path: Path) -> GPT:

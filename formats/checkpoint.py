@@ -22,6 +22,8 @@ from typing import IO, Any, cast
 
 import torch
 
+from model.masks import Mask, Masks, check_weights
+
 FORMAT = 1
 TEMPORARY = ".tmp-"  # every unfinished file's name begins so; nothing reads such a file
 _COMMENT = b"espalier-sha256:"
@@ -113,8 +115,10 @@ def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> int:
     """Write `payload` to `path` atomically and verified; returns its size in bytes.
 
     Raises OSError when the disk is full or the folder cannot be written; the previous file at `path` stays whole.
+    ValueError where weights are not zero that the payload's masks say are: no file ever holds such a model.
     """
     path = Path(path)
+    check_weights(payload.get("model", {}), payload_masks(payload, path))
     size = 0
     writer: _DigestWriter | None = None
 
@@ -189,7 +193,30 @@ def load_checkpoint(path: str | Path, *, require_digest: bool = False) -> dict[s
     strange = [name for name, value in payload["model"].items() if not isinstance(value, torch.Tensor)]
     if strange:
         raise ValueError(f"{path}: its weight {strange[0]} is no tensor")
+    try:
+        check_weights(payload["model"], payload_masks(payload, path))
+    except ValueError as error:
+        raise ValueError(f"{path}: its masks do not fit its weights: {error}") from None
     return payload
+
+
+def payload_masks(payload: dict[str, Any], path: str | Path) -> Masks:
+    """The pruning masks of a loaded model by name of weight, none where it is dense. ValueError for what is no mask."""
+    entry = payload.get("masks", {})
+    if not isinstance(entry, dict):
+        raise ValueError(f"{path}: its masks are a {type(entry).__name__}, expected a dict by name of weight")
+    masks = {}
+    for name, spec in entry.items():
+        try:
+            masks[name] = Mask.from_spec(spec)
+        except ValueError as error:
+            raise ValueError(f"{path}: the mask of {name} cannot be used: {error}") from None
+    return masks
+
+
+def masks_entry(masks: Masks) -> dict[str, Any]:
+    """What a payload says of these masks: its entry `masks`, or nothing for a dense model."""
+    return {"masks": {name: mask.spec() for name, mask in masks.items()}} if masks else {}
 
 
 def peek(path: str | Path, entry: str) -> Any:

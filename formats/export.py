@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from formats.adapter import is_adapter
-from formats.checkpoint import load_checkpoint, save_checkpoint
+from formats.checkpoint import load_checkpoint, masks_entry, save_checkpoint
 from formats.open_model import build_model, load_payload
 from formats.settings import GgufSettings, HuggingFaceSettings, ImportSettings, MergeSettings, PeftSettings
 from model.config import GPTConfig
@@ -85,7 +85,8 @@ def merge_adapter(settings: MergeSettings, say: Say) -> None:
     merge(model)
     about = {key: payload.get(key) for key in ("tokenizer", "template", "step", "val_loss")}
     weights = base_state(model)
-    size = save_checkpoint(out, {"model": weights, "config": model.config.to_dict(), **about})
+    masks = masks_entry(model.masks)
+    size = save_checkpoint(out, {"model": weights, "config": model.config.to_dict(), **masks, **about})
     merged = build_model(load_checkpoint(out), out).eval()(ids)[..., : model.config.vocab_size]
     difference = float((merged - apart).abs().max())
     say(f"Compared the logits of {ids.numel()} tokens, merged and apart: largest difference {difference:g}")

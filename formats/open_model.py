@@ -13,7 +13,7 @@ from data.chat import Template, stop_ids
 from data.templates import template_from_spec
 from data.tokenizer import Tokenizer, tokenizer_from_spec
 from formats.adapter import base_candidates, base_entry, check_base, is_adapter, put_on
-from formats.checkpoint import load_checkpoint, peek
+from formats.checkpoint import load_checkpoint, payload_masks, peek
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.tuning import trainable_report
@@ -190,6 +190,7 @@ def build_model(
     """The network of a loaded model on the CPU in fp32; `overrides` change its config (dropout, say).
 
     An adapter is put on its base, which is looked for where the adapter says, or at `base_model`.
+    A pruned model has its masks: `model.masks`, empty for a dense one.
     Raises ValueError, with both sides, where names or shapes of the weights do not fit the config.
     """
     if is_adapter(payload):
@@ -203,6 +204,7 @@ def build_model(
     copy = not payload.get("in_memory", False)
     weights = {name: tensor.to(torch.float32, copy=copy) for name, tensor in payload["model"].items()}
     model.load_state_dict(weights, assign=True)
+    model.masks = payload_masks(payload, path)
     return model.requires_grad_(True)
 
 

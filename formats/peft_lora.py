@@ -43,6 +43,11 @@ _SUFFIX = {"lora_A": ".weight", "lora_B": ".weight", "lora_magnitude_vector": ""
 def write(payload: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Entries of adapter_config.json, and the tensors by name. ValueError for what PEFT has no place for."""
     settings, config = _settings(payload), GPTConfig.from_dict(payload["config"])
+    if settings.masked and payload["base"].get("masks"):
+        raise ValueError(
+            "this LoRA leaves at zero what its base has pruned, PEFT would add B A there too, which is another model: "
+            "merge it (export.py merge) and export the result (export.py hf)"
+        )
     modules = dict(_modules(payload["model"], settings, config))
     named = {
         f"{_HEAD}{module}.{kind}{_SUFFIX[kind]}": tensor
@@ -165,6 +170,7 @@ def read(
         targets=tuple(found),
         rslora=bool(written.get("use_rslora")),
         dora=bool(written.get("use_dora")),
+        masked=False,  # PEFT adds B A everywhere, also where the base is pruned
     )
     highest = max(len(layer["lora_A"]) for layer in found.values())
     settings = dataclasses.replace(said, rank=highest, alpha=_scaled_alpha(said, highest))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,7 +192,12 @@ class LoraLayer(nn.Module):
     @property
     def merge_refusal(self) -> str | None:
         """Why the weights can not be merged; None if they can."""
-        return "this LoRA writes where the pruning mask is zero: merged, the mask is lost" if self.breaks_mask else None
+        if not self.breaks_mask:
+            return None
+        return (
+            "this LoRA was trained with --lora_mask off and writes where the base is pruned: merging would lose "
+            "the mask: keep it beside its base, or train it with --lora_mask on"
+        )
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """What LoRA added and a file must hold, by name within this layer."""
@@ -264,25 +269,24 @@ class LoraQuantizedLinear(LoraLayer, QuantizedLinear):
 def apply_lora(
     model: GPT,
     settings: LoraSettings,
-    masks: Mapping[str, Tensor] | None = None,
     *,
     generator: torch.Generator | None = None,
     fresh: bool = True,
 ) -> GPT:
     """Adds LoRA to the targets, in place, and freezes all else; returns the model, whose function is unchanged.
 
-    masks: for names of weights, (out, in), nonzero where the weight may be; see `masks_from_zeros`. fresh=False leaves
-    A to whatever loads it: PiSSA's start costs a singular value decomposition of each weight. ValueError for a target
-    that matches nothing or can not be adapted.
+    Where `model.masks` says that a weight is pruned it adds nothing, unless `settings.masked` is off. fresh=False
+    leaves A to whatever loads it: PiSSA's start costs a singular value decomposition of each weight. ValueError for a
+    target that matches nothing or can not be adapted.
     """
     names = target_names(model, settings.targets)
     model.requires_grad_(False)
     for name in names:
         parent, _, last = name.rpartition(".")
         base = model.get_submodule(name)
-        mask = None if masks is None else masks.get(f"{name}.weight")
+        mask = model.masks.get(f"{name}.weight")
         kind = LoraQuantizedLinear if isinstance(base, QuantizedLinear) else LoraLinear
-        layer = kind(base, settings, None if mask is None else mask.bool())
+        layer = kind(base, settings, None if mask is None else mask.dense())
         # As nn.Linear starts its weights: uniform within 1 / sqrt(in).
         nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5), generator=generator)
         if settings.start == "pissa" and fresh:
@@ -334,18 +338,6 @@ def _no_target(model: GPT, target: str, layers: Iterable[str]) -> str:
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
     """The layers that have LoRA, in the model's order."""
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
-
-
-def masks_from_zeros(model: GPT) -> dict[str, Tensor]:
-    """bool (out, in) by name of weight, True where it is not zero, for each layer of the blocks that holds zeros."""
-    masks = {f"{name}.weight": w != 0 for name, w in _block_weights(model)}
-    return {name: mask for name, mask in masks.items() if not mask.all()}
-
-
-def _block_weights(model: GPT) -> Iterator[tuple[str, Tensor]]:
-    for name, module in model.named_modules():
-        if _is_block_layer(name) and isinstance(module, (nn.Linear, QuantizedLinear)):
-            yield name, module.weight if isinstance(module, nn.Linear) else module.dense_weight()
 
 
 def lr_multipliers(model: nn.Module, settings: LoraSettings) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -139,7 +139,7 @@ def apply_masks_(model: nn.Module, masks: Mapping[str, Mask]) -> None:
     """
     for _, weight, mask in _masked_weights(model, masks):
         if isinstance(weight, nn.Parameter):
-            weight.masked_fill_(~mask.dense().to(weight.device), 0.0)
+            weight.masked_fill_(_empty(mask, weight), 0.0)
 
 
 @torch.no_grad()
@@ -147,19 +147,27 @@ def mask_gradients_(model: nn.Module, masks: Mapping[str, Mask]) -> None:
     """Zeroes in place the gradients of what is not kept, so that a norm over all gradients counts only what trains."""
     for _, weight, mask in _masked_weights(model, masks):
         if weight.grad is not None:
-            weight.grad.masked_fill_(~mask.dense().to(weight.device), 0.0)
+            weight.grad.masked_fill_(_empty(mask, weight), 0.0)
+
+
+def trained_masks(model: nn.Module, masks: Mapping[str, Mask]) -> Masks:
+    """Those of the weights that have a gradient, which an optimizer's step is about to change."""
+    parameters = dict(model.named_parameters())
+    return {name: m for name, m in masks.items() if name in parameters and parameters[name].grad is not None}
 
 
 def check_masks(model: nn.Module, masks: Mapping[str, Mask]) -> None:
     """ValueError naming the first weight that is not zero somewhere its mask is: sets are compared, not shares."""
     for name, weight, mask in _masked_weights(model, masks):
-        strays = (weight != 0) & ~mask.dense().to(weight.device)
-        count = int(strays.sum())
-        if count:
-            row, column = strays.nonzero()[0].tolist()
-            raise ValueError(
-                f"{name} holds {count:,} weights that its mask says are zero, the first in row {row}, column {column}"
-            )
+        _check(name, weight, mask)
+
+
+def check_weights(weights: Mapping[str, Tensor], masks: Mapping[str, Mask]) -> None:
+    """`check_masks` of a model that is only its weights by name, as a file holds them."""
+    for name, mask in masks.items():
+        if name not in weights:
+            raise ValueError(f"a mask names {name}, which is no weight of this model")
+        _check(name, weights[name], mask)
 
 
 def sparsity_report(model: nn.Module, masks: Mapping[str, Mask]) -> list[SparsityRow]:
@@ -168,6 +176,37 @@ def sparsity_report(model: nn.Module, masks: Mapping[str, Mask]) -> list[Sparsit
         SparsityRow(name, mask.shape, mask.pattern, float((weight == 0).double().mean()))
         for name, weight, mask in _masked_weights(model, masks)
     ]
+
+
+def sparsity_line(rows: Sequence[SparsityRow]) -> str:
+    """What a report comes to: over all of its weights, and by layer."""
+    sizes = [(row, row.shape[0] * row.shape[1]) for row in rows]
+    layers: dict[str, list[float]] = {}  # by layer: zeros, weights
+    for row, size in sizes:
+        layer = row.weight.split(".")[1] if row.weight.startswith("h.") else row.weight
+        zeros, total = layers.get(layer, [0.0, 0.0])
+        layers[layer] = [zeros + row.sparsity * size, total + size]
+    zeros, total = (sum(column) for column in zip(*layers.values()))
+    patterns = " and ".join(sorted({row.pattern for row in rows}))
+    by_layer = ", ".join(f"{layer}: {100 * part / size:.0f}" for layer, (part, size) in layers.items())
+    return f"{100 * zeros / total:.2f}% of {total:,.0f} masked weights are zero ({patterns}); by layer, %: {by_layer}"
+
+
+def _empty(mask: Mask, weight: Tensor) -> Tensor:
+    """bool (out, in), on the weight's device, True where it must be zero."""
+    return ~mask.to(weight.device).dense()
+
+
+def _check(name: str, weight: Tensor, mask: Mask) -> None:
+    if tuple(weight.shape) != mask.shape:
+        raise ValueError(f"{name} is {_by(tuple(weight.shape))}, its mask {_by(mask.shape)}")
+    strays = (weight.detach() != 0) & _empty(mask, weight)
+    count = int(strays.sum())
+    if count:
+        row, column = strays.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} holds {count:,} weights that its mask says are zero, the first in row {row}, column {column}"
+        )
 
 
 def _masked_weights(model: nn.Module, masks: Mapping[str, Mask]) -> Iterator[tuple[str, Tensor, Mask]]:
@@ -180,7 +219,7 @@ def _masked_weights(model: nn.Module, masks: Mapping[str, Mask]) -> Iterator[tup
         mask = left.pop(name)
         weight = module.dense_weight() if isinstance(module, QuantizedLinear) else module.weight
         if tuple(weight.shape) != mask.shape:
-            raise ValueError(f"{name} is {tuple(weight.shape)}, its mask {_by(mask.shape)}")
+            raise ValueError(f"{name} is {_by(tuple(weight.shape))}, its mask {_by(mask.shape)}")
         yield name, weight, mask
     if left:
         raise ValueError(f"a mask names {next(iter(left))}, which is no weight of this model")

@@ -44,32 +44,29 @@ class QLoraSettings:
             raise ValueError(f"quantization is {self.quantization!r}: choose one of {', '.join(KINDS)}")
 
 
-Masks = Mapping[str, Tensor]
-
-
 @dataclass(frozen=True)
 class Method:
     """A way of fine-tuning: the class of its settings, and how the model is changed in place."""
 
     settings: type
-    apply: Callable[[GPT, Any, Masks | None, bool], object]
+    apply: Callable[[GPT, Any, bool], object]
     adapts: bool  # whether it adds parameters of its own, which are then all that a file needs to hold
 
 
-def _qlora(model: GPT, settings: QLoraSettings, masks: Masks | None, fresh: bool) -> None:
+def _qlora(model: GPT, settings: QLoraSettings, fresh: bool) -> None:
     quantize_blocks(model, settings.quantization)
-    apply_lora(model, settings.lora, masks, fresh=fresh)
+    apply_lora(model, settings.lora, fresh=fresh)
 
 
 METHODS: dict[str, Method] = {
-    "full": Method(FullSettings, lambda model, s, masks, fresh: model.requires_grad_(True), False),
-    "progressive": Method(FullSettings, lambda model, s, masks, fresh: model.requires_grad_(True), False),
-    "freeze": Method(FreezeSettings, lambda model, s, masks, fresh: unfreeze_last(model, s.n_layer), False),
-    "lora": Method(LoraSettings, lambda model, s, masks, fresh: apply_lora(model, s, masks, fresh=fresh), True),
+    "full": Method(FullSettings, lambda model, s, fresh: model.requires_grad_(True), False),
+    "progressive": Method(FullSettings, lambda model, s, fresh: model.requires_grad_(True), False),
+    "freeze": Method(FreezeSettings, lambda model, s, fresh: unfreeze_last(model, s.n_layer), False),
+    "lora": Method(LoraSettings, lambda model, s, fresh: apply_lora(model, s, fresh=fresh), True),
     "qlora": Method(QLoraSettings, _qlora, True),
-    "adapter": Method(AdapterSettings, lambda model, s, masks, fresh: apply_adapters(model, s), True),
-    "prefix": Method(PrefixSettings, lambda model, s, masks, fresh: apply_prefix(model, s), True),
-    "p_tuning": Method(PTuningSettings, lambda model, s, masks, fresh: apply_p_tuning(model, s), True),
+    "adapter": Method(AdapterSettings, lambda model, s, fresh: apply_adapters(model, s), True),
+    "prefix": Method(PrefixSettings, lambda model, s, fresh: apply_prefix(model, s), True),
+    "p_tuning": Method(PTuningSettings, lambda model, s, fresh: apply_p_tuning(model, s), True),
 }
 
 
@@ -79,18 +76,16 @@ def method_named(name: str) -> Method:
     return METHODS[name]
 
 
-def apply_method(
-    model: GPT, method: str, settings: object = None, *, masks: Masks | None = None, fresh: bool = True
-) -> GPT:
+def apply_method(model: GPT, method: str, settings: object = None, *, fresh: bool = True) -> GPT:
     """Makes `model` ready to be tuned by `method`, in place, and returns it; `settings` None = the method's defaults.
 
-    What trains afterwards is what has requires_grad. masks: a pruned model's, by name of weight, which LoRA keeps.
-    fresh=False: `load_adapter_state` follows, costly starting values may be left out. ValueError as the methods say.
+    What trains afterwards is what has requires_grad; the masks of a pruned model stay its own. fresh=False:
+    `load_adapter_state` follows, costly starting values may be left out. ValueError as the methods say.
     """
     entry = method_named(method)
     settings = entry.settings() if settings is None else settings
     assert isinstance(settings, entry.settings), f"{method} takes {entry.settings.__name__}, not {settings!r}"
-    entry.apply(model, settings, masks, fresh)
+    entry.apply(model, settings, fresh)
     return model
 
 

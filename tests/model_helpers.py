@@ -7,6 +7,7 @@ import torch
 
 from model.config import GPTConfig, preset
 from model.gpt import GPT
+from model.masks import Mask
 
 GPT2 = preset("tiny", vocab_size=97, block_size=32, n_layer=3, n_head=4, n_kv_head=4, head_dim=8, n_embd=32, mlp_dim=48)
 LLAMA = dataclasses.replace(
@@ -26,6 +27,12 @@ def build(config, seed=0, spread=0.1):
         for parameter in model.parameters():
             parameter.add_(spread * torch.randn_like(parameter))
     return model
+
+
+def masks_of_zeros(model):
+    """A mask for each matrix of the blocks that holds zeros, of just these."""
+    masks = {name: Mask.of(w != 0) for name, w in model.named_parameters() if name.endswith("_proj.weight")}
+    return {name: mask for name, mask in masks.items() if mask.sparsity}
 
 
 def batch(config, B=2, T=20, seed=1, masked=0.2):

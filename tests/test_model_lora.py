@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.generate import generate
-from model.lora import LoraLinear, LoraSettings, apply_lora, lora_layers, lr_multipliers, masks_from_zeros, target_names
+from model.lora import LoraLinear, LoraSettings, apply_lora, lora_layers, lr_multipliers, target_names
 from model.tuning import adapter_state, adapters_off, base_state, merge, unmerge
-from tests.model_helpers import FAMILIES, GPT2, LLAMA, UNBALANCED, batch, build, loss_and_gradients
+from tests.model_helpers import FAMILIES, GPT2, LLAMA, UNBALANCED, batch, build, loss_and_gradients, masks_of_zeros
 from tests.test_model_transformers import hugging_face_llama
 
 ALL = LoraSettings(rank=4, dropout=0.0, targets=("all-linear",))
@@ -120,10 +120,10 @@ def test_the_start_is_the_base_to_the_bit(config, changes, masked):
     model = build(config)
     idx, _ = batch(config)
     if masked:
-        prune(model)
+        model.masks = masks_of_zeros(prune(model))
     expected = model(idx)
     settings = dataclasses.replace(ALL, dropout=0.3, **changes)
-    apply_lora(model, settings, masks_from_zeros(model) if masked else None)
+    apply_lora(model, settings)
     assert torch.equal(model.train()(idx), expected)
     with torch.autocast("cpu", torch.bfloat16):
         tuned = model(idx)
@@ -170,9 +170,9 @@ def prune(model, share=0.5):
 def test_what_is_pruned_stays_so(changes):
     model = prune(build(LLAMA)).eval()
     idx, targets = batch(LLAMA)
-    masks = masks_from_zeros(model)
+    masks = model.masks = masks_of_zeros(model)
     assert sorted(masks) == sorted(f"{name}.weight" for name in target_names(model, ["all-linear"]) if "h.1." in name)
-    train_a_little(apply_lora(model, dataclasses.replace(ALL, **changes), masks))
+    train_a_little(apply_lora(model, dataclasses.replace(ALL, **changes)))
     adapter = model(idx)[..., : LLAMA.vocab_size]
     _, gradients = loss_and_gradients(model, idx, targets)
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
@@ -180,20 +180,21 @@ def test_what_is_pruned_stays_so(changes):
     assert relative(model(idx)[..., : LLAMA.vocab_size], adapter) < 1e-5
     weights = model.state_dict()
     for name, mask in masks.items():
-        assert torch.equal(weights[name] != 0, mask), name
+        assert torch.equal(weights[name] != 0, mask.dense()), name
 
 
 def test_a_lora_that_ignores_the_mask_can_not_be_merged():
     model = prune(build(LLAMA)).eval()
     dense = apply_lora(copy.deepcopy(model), ALL)
-    free = apply_lora(model, dataclasses.replace(ALL, masked=False), masks_from_zeros(model))
+    model.masks = masks_of_zeros(model)
+    free = apply_lora(model, dataclasses.replace(ALL, masked=False))
     idx, _ = batch(LLAMA)
     for one in (dense, free):
         for layer in lora_layers(one):
             torch.nn.init.constant_(layer.lora_A, 0.1), torch.nn.init.constant_(layer.lora_B, 0.1)
     assert torch.equal(free(idx), dense(idx))
     state = {name: tensor.clone() for name, tensor in free.state_dict().items()}
-    with pytest.raises(ValueError, match="mask is lost"):
+    with pytest.raises(ValueError, match="lose the mask"):
         merge(free)
     assert all(torch.equal(state[name], tensor) for name, tensor in free.state_dict().items()), "all layers or none"
 

@@ -105,6 +105,7 @@ class _Run:
         train_set, val_set = self._open_data(start)
         network = build_network(self.settings, start, train_set, self.folder.path, self.say)
         model = network.model.to(self.here.device)
+        model.masks = {name: mask.to(self.here.device) for name, mask in model.masks.items()}
         objective = self._objective(start, network)
         plan, loader = self._plan(train_set, model, objective)
         progress = self._progress(start, loader)

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data.loader import Batch, Loader, eval_batches
 from data.shards import TokenSet
 from model.gpt import GPT
+from model.masks import apply_masks_, mask_gradients_, trained_masks
 from training.distributed import Dist
 from training.metrics import Console
 from training.objectives.objective import Objective, Sums
@@ -170,6 +171,8 @@ class Trainer:
             metrics.append(sums)
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
+        masks = trained_masks(model, model.masks)
+        mask_gradients_(model, masks)  # else what is pruned would count in the norm, and in Muon's update of the rest
         clip = self.settings.max_grad_norm
         norm = nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else math.inf)
         names = self.objective.metrics
@@ -179,6 +182,7 @@ class Trainer:
         if not broken:
             for optimizer in self.optimizers.values():
                 self.scaler.step(optimizer)
+            apply_masks_(model, masks)  # Muon makes every number of a matrix move
         self.scaler.update()  # also after a step not taken: it readies the scaler for the next unscale_
         self._drop_gradients()
         synchronize(here.device)

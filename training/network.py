@@ -103,6 +103,7 @@ _FIELDS = {
     "use_dora": "dora",
     "lora_init": "start",
     "lora_plus_ratio": "lr_ratio",
+    "lora_mask": "masked",
     "quantization": "quantization",
     "adapter_dim": "dim",
     "adapter_dropout": "dropout",

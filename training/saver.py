@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from formats.checkpoint import save_checkpoint
+from formats.checkpoint import masks_entry, save_checkpoint
 from model.gpt import GPT
+from model.masks import sparsity_line, sparsity_report
 from model.tuning import adapter_state
 from training import rng
 from training.distributed import Dist
@@ -81,6 +82,8 @@ class Saver:
         size = save_checkpoint(path, self._payload(rng_states))
         self.folder.prune(self.keep)
         self.console.say(f"Saved {path} ({size / 1e6:.1f} MB)")
+        if self.model.masks:
+            self.console.say(f"Sparsity: {sparsity_line(sparsity_report(self.model, self.model.masks))}")
         return True
 
     def save_remembered(self, reason: str) -> None:
@@ -109,8 +112,11 @@ class Saver:
         return all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
 
     def _weights(self) -> dict[str, Any]:
-        # An adapter's file holds the adapter alone; its base is named in `about`.
-        return {"model": adapter_state(self.model) or self.model.state_dict(), "versions": versions(), **self.about}
+        adapter = adapter_state(self.model)
+        if adapter:  # its base is named in `about`, and has the masks
+            return {"model": adapter, "versions": versions(), **self.about}
+        masks = masks_entry(self.model.masks)
+        return {"model": self.model.state_dict(), **masks, "versions": versions(), **self.about}
 
     def _payload(self, rng_states: list[dict[str, Any]]) -> dict[str, Any]:
         """A full checkpoint: everything that the next step depends on."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from formats.adapter import base_entry
+from formats.checkpoint import masks_entry
 from formats.open_model import build_model, load_base
 from model.gpt import GPT
 from model.tuning import METHODS, adapters_off
@@ -61,6 +62,6 @@ def open_reference(
         payload = load_base({"base": entry}, start.path, other)
         frozen = build_model(payload, entry["name"])
     else:
-        entry = base_entry({"model": model.state_dict()}, str(start.path), folder)
+        entry = base_entry({"model": model.state_dict(), **masks_entry(model.masks)}, str(start.path), folder)
         frozen = copy.deepcopy(model)
     return Reference(model, frozen.eval().requires_grad_(False)), {"reference": entry}
