@@ -8,7 +8,7 @@ ordinary network whose config lists its sizes layer by layer; a sub-layer that l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,8 +70,10 @@ def key_rows(groups: Tensor, config: GPTConfig) -> Tensor:
 
 
 @torch.no_grad()
-def keep_units(model: GPT, kept: Sequence[Kept]) -> GPT:
+def keep_units(model: GPT, kept: Sequence[Kept], refitted: Mapping[str, Tensor] | None = None) -> GPT:
     """A new, physically smaller network with these units of each layer; shares no tensor with `model`.
+
+    `refitted` are weights of o_proj and down_proj with the kept columns only, and biases, in place of the model's.
 
     Its function is that of `model` with the other units' weights at zero. Where a whole sub-layer goes, the bias of its
     output is carried to what stands before it (a sub-layer's bias, GPT-2's positions); only where nothing there has a
@@ -87,7 +89,8 @@ def keep_units(model: GPT, kept: Sequence[Kept]) -> GPT:
         mlp_dim=tuple(len(units.channels) for units in kept),
     )
     rows, columns = _rows_and_columns(config, kept)
-    state = _carry_biases(model, kept)
+    columns = {name: own for name, own in columns.items() if not refitted or name not in refitted}
+    state = _carry_biases({**model.state_dict(), **(refitted or {})}, model, kept)
     smaller = _empty(config)
     selected = {
         name: _select(state[name], rows.get(name.rpartition(".")[0]), columns.get(name))
@@ -183,12 +186,11 @@ def _check_indices(found: Tensor, size: int, what: str) -> None:
         raise ValueError(f"{what} to keep are {found.tolist()}: give ascending numbers from 0 to {size - 1}")
 
 
-def _carry_biases(model: GPT, kept: Sequence[Kept]) -> dict[str, Tensor]:
-    """The model's tensors; the output bias of each sub-layer that goes is added to what is added just before it.
+def _carry_biases(state: dict[str, Tensor], model: GPT, kept: Sequence[Kept]) -> dict[str, Tensor]:
+    """`state` with the output bias of each sub-layer that goes added to what is added just before it.
 
     Nothing reads the stream between the two, so the sum is the same.
     """
-    state = dict(model.state_dict())
     before = "wpe.weight" if model.wpe is not None else None if model.config.tie_embeddings else "wte.weight"
     for i, units in enumerate(kept):
         for linear, left in (("attn.o_proj", units.groups), ("mlp.down_proj", units.channels)):
