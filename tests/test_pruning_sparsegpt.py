@@ -1,5 +1,7 @@
 """SparseGPT's sweep against the paper's algorithm, one row and one column at a time, in fp64."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,7 +29,7 @@ def reference(weight, second, choose, damping=0.01):
     left = second + damping * second.diagonal().mean() * torch.eye(len(second), dtype=torch.float64)
     removed = torch.zeros_like(weight, dtype=torch.bool)
     for c in range(weight.size(1)):
-        chosen = choose(c, lambda stop: salience(weight, left, c, stop))
+        chosen = choose(c, functools.partial(salience, weight, left, c))
         if chosen is not None:
             removed[:, c : c + chosen.size(1)] |= chosen
         inverse = torch.linalg.inv(left)

@@ -15,7 +15,12 @@ BUCKETS = 2**15  # of a positive fp32 number's upper bits: 128 to the doubling
 
 def uniform(sizes: Sequence[int], sparsity: float) -> list[int]:
     """The same share of each matrix of `sizes` weights, in whole weights."""
-    return _whole([sparsity * size for size in sizes], _total(sizes, sparsity))
+    return evenly(sizes, _total(sizes, sparsity))
+
+
+def evenly(sizes: Sequence[int], total: int) -> list[int]:
+    """`total` weights, in equal shares from matrices of `sizes` weights."""
+    return _whole([total * size / sum(sizes) for size in sizes], total)
 
 
 def outlier_share(scores: Sequence[Tensor]) -> float:

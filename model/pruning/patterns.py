@@ -30,7 +30,7 @@ def prune_rows(scores: Tensor, removed: int, kept: Tensor | None = None) -> Tens
 
     What a whole number in each row leaves over goes from the rows where it costs least.
     """
-    out, into = scores.shape
+    out = scores.size(0)
     _check_count(removed, scores.numel())
     order = _with_zeros_first(scores, kept).sort(dim=1, stable=True)
     each, over = divmod(removed, out)
@@ -65,6 +65,11 @@ def prune_n_of_m(scores: Tensor, n: int, m: int, kept: Tensor | None = None) -> 
     return keep if kept is None else keep & kept
 
 
+def block_sizes(shape: tuple[int, int], block: tuple[int, int]) -> Tensor:
+    """How many weights each block of a matrix has, int64: fewer in the partial ones at the far edges."""
+    return block_sums(torch.ones(shape), *block).long()
+
+
 def block_mask(bits: Tensor, shape: tuple[int, int], block: tuple[int, int], kept: Tensor | None = None) -> Mask:
     """The mask that keeps the blocks of `bits`. With `kept`, what was zero before stays so, in part or in whole.
 
@@ -74,7 +79,7 @@ def block_mask(bits: Tensor, shape: tuple[int, int], block: tuple[int, int], kep
     if kept is None:
         return mask
     both = mask.dense() & kept
-    whole = block_sums(both.float(), *block) == block_sums(torch.ones(shape), *block).to(both.device)
+    whole = block_sums(both.float(), *block).long() == block_sizes(shape, block).to(both.device)
     again = Mask(shape, block, whole)
     return again if torch.equal(again.dense(), both) else Mask.of(both)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import GPTConfig
-from model.gpt import GPT
+from model.gpt import GPT, Block
 from model.pruning.statistics import Gradients, LayerStatistics, Site
 
 
@@ -54,6 +54,7 @@ def permute_(model: GPT, orders: Orders) -> None:
         _take_(table, columns=residual)
     _take_(model.ln_f, rows=residual)
     for i, block in enumerate(model.h):
+        assert isinstance(block, Block)
         _take_(block.ln_1, rows=residual)
         _take_(block.ln_2, rows=residual)
         if block.attn is not None:
