@@ -32,10 +32,10 @@ def test_swaps_never_make_an_order_worse(units, size, seed):
 
 
 def test_units_that_use_the_same_blocks_come_together():
-    """Equally important units of four kinds, each at home in its own blocks: sorting cannot tell them apart."""
-    kinds = torch.arange(16) % 4
-    mass = torch.eye(4)[kinds].repeat_interleave(3, dim=1)
-    order = improve(mass, by_importance(mass), 4, torch.tensor(3.0), sweeps=10)
+    """Equally important units of two kinds, each at home in its own blocks: sorting cannot tell them apart."""
+    kinds = torch.arange(16) % 2
+    mass = torch.eye(2)[kinds].repeat_interleave(3, dim=1)
+    order = improve(mass, by_importance(mass), 4, torch.tensor(1.0), sweeps=10)
     assert all(len(set(group.tolist())) == 1 for group in kinds[order].view(4, 4))
 
 

@@ -76,19 +76,18 @@ def test_what_is_changed_is_seen_at_the_next_site_and_a_token_counts_by_its_stre
             if (layer, site) == (0, "attn_out"):
                 bias = model.h[0].attn.v_proj.bias
                 torch.testing.assert_close(pair.second, torch.outer(bias, bias), atol=1e-5, rtol=1e-4)
-                caught = []
-                dense.h[0].attn.o_proj.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
-                after = x + dense.h[0].attn(dense.h[0].ln_1(x), _shared())
+                values = _before_o(dense.h[0].attn, dense.h[0].ln_1(x))
+                after = x + dense.h[0].attn.o_proj(values)
                 weights = 1 / after.square().mean(dim=-1, keepdim=True)
-                mean = (caught[0] * weights).sum(dim=(0, 1)) / weights.sum()
+                mean = (values * weights).sum(dim=(0, 1)) / weights.sum()
                 torch.testing.assert_close(pair.cross, torch.outer(mean, bias), atol=1e-5, rtol=1e-4)
                 break
 
 
-def _shared():
-    from model.attention import AttentionInputs
-
-    return AttentionInputs()
+def _before_o(attn, x):
+    """The values that every head has gathered, (B, T, n_head * head_dim), for GPT-2's attention."""
+    q, k, v = (p(x).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
 
 @CONFIGS

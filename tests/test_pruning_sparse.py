@@ -121,7 +121,7 @@ def test_a_sparse_model_is_pruned_further_and_never_refilled(settings, before):
     old = SparseSettings(method="magnitude", pattern=before, block_size=4, sparsity=0.3)
     masks, _ = prune_sparse(model, None, None, old)
     statistics, found = dict(collect(model, windows, frozen=True)).__getitem__, gradients(model, windows)
-    again, rows = prune_sparse(model, statistics, found, settings, masks)
+    again, _ = prune_sparse(model, statistics, found, settings, masks)
     check_masks(model, again)
     for name, mask in again.items():
         assert not (mask.dense() & ~masks[name].dense()).any(), name
@@ -160,7 +160,7 @@ def test_settings_that_make_no_sense_are_refused(values, message):
 
 
 def test_what_a_model_or_text_does_not_allow_is_refused():
-    model, windows, statistics, found = calibrated(LLAMA)
+    model, _, statistics, found = calibrated(LLAMA)
     for source, gradient, settings, message in (
         (None, None, SparseSettings(), "wanda needs calibration text"),
         (None, found, SparseSettings(method="magnitude", allocation="owl"), "owl needs calibration text"),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-import torch
 from torch import Tensor
 
 from model.gpt import GPT
-from model.masks import Mask, Masks
+from model.masks import Masks
 from model.pruning.allocation import lowest_blocks
 from model.pruning.matrices import layer_matrices, matrices
 from model.pruning.orders import find_orders

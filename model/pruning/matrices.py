@@ -23,7 +23,7 @@ def layer_matrices(model: GPT, layer: int) -> Iterator[tuple[str, nn.Linear]]:
             continue
         if type(module) not in (Linear, nn.Linear):
             raise ValueError(
-                f"h.{layer}.{linear} is a {type(module).__name__}: prune the plain model, without quantisation or adapters"
+                f"h.{layer}.{linear} is a {type(module).__name__}: prune the plain model, neither quantised nor adapted"
             )
         yield linear, module
 

@@ -1,10 +1,10 @@
 """Which order of hidden units makes blocks that are nearly all important, or nearly all not.
 
 A unit is a residual channel, an MLP channel or a value dimension; it crosses several matrices, each cut into blocks on
-its other side too. Units that stand in one group share their blocks, and a block costs what all its weights cost, or
-its price when it is kept: an order is as good as sum over blocks of min(cost, price) is small. Orders start from the
-units' total importance and are improved by swaps between groups, in turn for each kind of unit, as each order makes the
-other kinds' blocks.
+its other side too. Units that stand in one group share their blocks. A block costs what all its weights cost when it
+goes, and its price, that of the block at the threshold, when it stays in another's place. Orders start from the units'
+total importance and are improved by swaps between groups, in turn for each kind of unit, as each order makes the other
+kinds' blocks.
 """
 
 from __future__ import annotations
@@ -25,8 +25,17 @@ def by_importance(mass: Tensor) -> Tensor:
 
 
 def objective(mass: Tensor, order: Tensor, size: int, price: Tensor) -> float:
-    """The sum over the blocks that `order` makes of min(cost, price)."""
-    return float(torch.minimum(group_sums(mass[order], size), price).sum(dtype=torch.float64))
+    """What the blocks that `order` makes are expected to lose."""
+    return float(_loss(group_sums(mass[order], size), price).sum(dtype=torch.float64))
+
+
+def _loss(costs: Tensor, price: Tensor) -> Tensor:
+    """Summed over the last dimension of the blocks' costs: cost where it is far below the price, price far above it.
+
+    min(cost, price) would be it for a known threshold, but is flat or linear nearly everywhere: no single swap changes
+    it, and the search stops where it begins. This is strictly concave, so to concentrate costs always pays.
+    """
+    return (costs * price / (costs + price)).sum(dim=-1)
 
 
 def group_sums(mass: Tensor, size: int) -> Tensor:
@@ -38,9 +47,9 @@ def group_sums(mass: Tensor, size: int) -> Tensor:
 def improve(mass: Tensor, order: Tensor, size: int, price: Tensor, sweeps: int, memory: int = 2**24) -> Tensor:
     """`order` (units,) after swaps of two units of different groups, each of which lowers `objective`.
 
-    mass (units, K) is what a unit costs in each of the blocks that it may share; price a scalar or (K,). In a sweep each
-    pair of groups is met once and makes its best swap; disjoint pairs go together, as in a tournament. A partial last
-    group stays as it is. `memory`: numbers made at once.
+    mass (units, K) is what a unit costs in each of the blocks that it may share. In a sweep each pair of groups is met
+    once and makes its best swap; disjoint pairs go together, as in a tournament. A partial last group stays as it is.
+    `memory`: numbers made at once.
     """
     groups = len(order) // size
     if groups < 2:
@@ -62,9 +71,9 @@ def _swap_best_(mass: Tensor, members: Tensor, sums: Tensor, left: Tensor, right
     """Swaps, for each pair of groups, the two units that gain most; returns in how many pairs there was a gain."""
     a, b = members[left], members[right]  # (P, size)
     change = mass[b].unsqueeze(1) - mass[a].unsqueeze(2)  # (P, size of a, size of b, K): what the left group gains
-    after = torch.minimum(sums[left][:, None, None] + change, price).sum(dim=-1)
-    after += torch.minimum(sums[right][:, None, None] - change, price).sum(dim=-1)
-    before = torch.minimum(sums[left], price).sum(dim=-1) + torch.minimum(sums[right], price).sum(dim=-1)  # (P,)
+    after = _loss(sums[left][:, None, None] + change, price)
+    after += _loss(sums[right][:, None, None] - change, price)
+    before = _loss(sums[left], price) + _loss(sums[right], price)  # (P,)
     best, where = after.flatten(1).min(dim=1)
     pairs = (best < before * (1 - 1e-6)).nonzero().squeeze(1)
     if not len(pairs):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model.attention import AttentionInputs
 from model.gpt import GPT, Block
 from model.pruning.refit import cholesky, damped
-from model.pruning.statistics import _check, _evaluating, _first_states
+from model.pruning.statistics import check_windows, evaluating, first_states
 
 OUT_LINEAR = {"attn": "o_proj", "mlp": "down_proj"}
 
@@ -52,9 +52,9 @@ def follow(
     sites as the changed network makes them. `weigh`: before o_proj and down_proj a token counts by 1 / mean(h^2) of the
     dense stream it is added to, so that few tokens with massive activations do not outvote all others.
     """
-    _check(model, windows)
-    h_d, shared = _first_states(dense, windows, batch_size)
-    h_p, _ = _first_states(model, windows, batch_size)
+    check_windows(model, windows)
+    h_d, shared = first_states(dense, windows, batch_size)
+    h_p, _ = first_states(model, windows, batch_size)
     for layer in range(model.config.n_layer):
         ours, theirs = model.h[layer], dense.h[layer]
         assert isinstance(ours, Block) and isinstance(theirs, Block)
@@ -91,7 +91,7 @@ def _before_out(block: Block, part: str, norm: str, h: Tensor, shared: Attention
     caught: list[Tensor] = []
     handle = module.get_submodule(OUT_LINEAR[part]).register_forward_pre_hook(lambda _, args: caught.append(args[0]))
     try:
-        with _evaluating(block):
+        with evaluating(block):
             x = getattr(block, norm)(h)
             y = module(x, shared) if part == "attn" else module(x)
     finally:

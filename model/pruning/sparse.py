@@ -1,4 +1,4 @@
-"""Sparse pruning, all ways through one door: a method's scores, a pattern for the zeros, an allocation of the shares."""
+"""Sparse pruning, all ways through one door: scores by method, zeros in a pattern, shares by allocation."""
 
 from __future__ import annotations
 
@@ -76,13 +76,12 @@ def prune_sparse(
 ) -> tuple[Masks, list[SparsityRow]]:
     """Makes the model's matrices sparse in place; returns all masks, and a row on each.
 
-    source: the statistics of a layer by its number, as `collect` found them in this model (cached ones, say); or windows
-    (N, T) int64, from which each layer's are collected once those before it are pruned, as Wanda and SparseGPT do; or
-    None for magnitude. found: gradients of this model, or the windows to make them from; allocation "unbalanced" and the
-    second-order block method ask for them. masks: those of a model that is sparse already; its zeros stay.
+    source: the statistics of a layer by its number, as `collect` found them in this model (cached ones, say); or
+    windows (N, T) int64, from which each layer's are collected once those before it are pruned, as Wanda and SparseGPT
+    do; or None for magnitude. found: gradients of this model, or the windows to make them from; allocation "unbalanced"
+    and the second-order block method ask for them. masks: those of a model that is sparse already; its zeros stay.
     Raises ValueError for settings that do not fit the model, or when something that they need is not given.
     """
-    layers = settings.layers(model.config.n_layer)
     old = {name: mask.dense() for name, mask in (masks or {}).items()}
     if settings.pattern == BLOCK and settings.method == "sparsegpt":
         new = prune_blocks(model, source, found, settings, old)
