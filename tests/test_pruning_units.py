@@ -13,6 +13,7 @@ from formats.open_model import open_model
 from model.config import GPTConfig
 from model.generate import generate
 from model.lora import LoraSettings, apply_lora
+from model.masks import Mask
 from model.pack import pack
 from model.pruning.units import (
     Kept,
@@ -221,3 +222,11 @@ def test_layers_with_an_adapter_or_packed_are_refused():
             keep_units(model, all_units(LLAMA))
         with pytest.raises(ValueError, match="merge the adapter"):
             drop_layers(model, [0])
+
+
+def test_masks_are_not_lost_in_silence():
+    model = build(LLAMA)
+    model.masks = {"h.0.attn.q_proj.weight": Mask((32, 32), (16, 16), torch.ones(2, 2, dtype=torch.bool))}
+    for cut in (lambda: keep_units(model, all_units(LLAMA)), lambda: drop_layers(model, [0])):
+        with pytest.raises(ValueError, match="the model is sparse"):
+            cut()

@@ -75,8 +75,8 @@ def collect(
     massive activations do not outvote the text. Hidden states, N x T x C in fp32, stay on the device of `windows`.
     Raises ValueError for windows that do not fit.
     """
-    _check(model, windows)
-    states, shared = _first_states(model, windows, batch_size)
+    check_windows(model, windows)
+    states, shared = first_states(model, windows, batch_size)
     for layer in range(model.config.n_layer):
         yield layer, _observe(model.h[layer], states, shared, batch_size, weigh=weigh, advance=frozen)
         if not frozen:
@@ -84,10 +84,10 @@ def collect(
 
 
 @torch.no_grad()
-def _first_states(model: GPT, windows: Tensor, batch_size: int) -> tuple[Tensor, AttentionInputs]:
+def first_states(model: GPT, windows: Tensor, batch_size: int) -> tuple[Tensor, AttentionInputs]:
     """The embedded windows (N, T, C), and what all blocks share: plain causal order at positions 0..T-1."""
     device = model.wte.weight.device
-    with _evaluating(model):
+    with evaluating(model):
         rows = [model._embed(rows.to(device), None)[0].float().to(windows.device) for rows in windows.split(batch_size)]
     return torch.cat(rows), AttentionInputs(model._rope_tables(windows[:1].to(device), None))
 
@@ -107,7 +107,7 @@ def _observe(
 
         handles.callback(block.get_submodule(_READER[site]).register_forward_pre_hook(hook).remove)
 
-    with contextlib.ExitStack() as handles, _evaluating(block):
+    with contextlib.ExitStack() as handles, evaluating(block):
         for site in SITES:
             if getattr(block, _READER[site].partition(".")[0]) is not None:
                 watch(site)
@@ -125,7 +125,7 @@ def _observe(
 @torch.no_grad()
 def _advance(block: nn.Module, states: Tensor, shared: AttentionInputs, batch_size: int) -> None:
     """Replaces states (N, T, C) by the block's outputs."""
-    with _evaluating(block):
+    with evaluating(block):
         for rows in states.split(batch_size):
             rows.copy_(block(_to_block(block, rows), shared))
 
@@ -182,11 +182,11 @@ def gradients(model: GPT, windows: Tensor, *, batch_size: int = 1) -> Gradients:
     of no weight is ever made, let alone kept (LLM-Pruner keeps them all, and runs out of 40 GB with 7B).
     The batch size changes the result by rounding only. Raises ValueError for windows that do not fit.
     """
-    _check(model, windows)
+    check_windows(model, windows)
     found = Gradients()
     gates: dict[str, list[Tensor]] = {}
     device = model.wte.weight.device
-    with _evaluating(model):
+    with evaluating(model):
         for rows in windows.split(batch_size):
             inputs, shared = _block_inputs(model, rows.to(device))
             grad = _grad_of_last(model, inputs.pop(), rows.to(device))
@@ -259,7 +259,7 @@ def _remember(seen: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[
     return hook
 
 
-def _check(model: GPT, windows: Tensor) -> None:
+def check_windows(model: GPT, windows: Tensor) -> None:
     """ValueError where windows (N, T) do not fit the model."""
     if model.prompt is not None:
         raise ValueError("the model has a trained prompt in front of its texts: prune it without, then train one")
@@ -277,7 +277,7 @@ def _to_block(block: nn.Module, rows: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode (no dropout); the mode before is put back."""
     was_training = module.training
     module.eval()

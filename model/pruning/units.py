@@ -160,7 +160,9 @@ def _select(tensor: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tens
 
 
 def _check_plain(model: GPT) -> None:
-    """ValueError unless the model's tensors are those of its config: no adapter, no quantised or packed layer."""
+    """ValueError unless the model's tensors are those of its config, free to change: no adapter, mask, packed layer."""
+    if model.masks:
+        raise ValueError("the model is sparse: units are removed from dense models only, before anything is masked")
     if model.prompt is not None or set(model.state_dict()) != set(_empty(model.config).state_dict()):
         raise ValueError("units can be removed from plain matrices only: merge the adapter, or open the unpacked model")
 
