@@ -24,8 +24,8 @@ class SampleSettings:
     """The system message of a chat."""
     prompt_template: str = "auto"
     """A template's name, such as dolly or chatml; none = raw text; auto = the first checkpoint's that has one."""
-    weights: Literal["float32", "int8"] = "float32"
-    """int8: about twice the tokens/s on a CPU, with slightly other numbers."""
+    weights: Literal["float32", "int8", "sparse"] = "float32"
+    """int8: about twice the tokens/s on a CPU, slightly other numbers; sparse: a pruned model without its zeros."""
     max_new_tokens: int = 128
     """Longest answer in tokens."""
     temperature: float = 0.8
