@@ -50,13 +50,21 @@ def row_costs(weight: Tensor, second: Tensor, columns: int, damping: float = 0.0
     Surgeon (Hassibi and Stork 1993) for a block instead of a weight. The last block takes what is left.
     """
     inverse = torch.cholesky_inverse(cholesky(damped(second, damping)))  # (in, in)
+    weight = weight.to(second.dtype)
+    whole = weight.size(1) // columns
+    edge = whole * columns
     costs = []
-    for start in range(0, weight.size(1), columns):
-        block = slice(start, start + columns)
-        factor = cholesky(inverse[block, block])
-        part = weight[:, block].to(second.dtype).t()  # (columns, out)
-        costs.append(torch.linalg.solve_triangular(factor, part, upper=False).square().sum(dim=0))
-    return torch.stack(costs, dim=1)
+    if whole:
+        blocks = inverse[:edge, :edge].view(whole, columns, whole, columns).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        costs.append(_squares_over(blocks, weight[:, :edge].unflatten(1, (whole, columns)).permute(1, 2, 0)))
+    if edge < weight.size(1):
+        costs.append(_squares_over(inverse[None, edge:, edge:], weight[None, :, edge:].transpose(1, 2)))
+    return torch.cat(costs).t()
+
+
+def _squares_over(blocks: Tensor, parts: Tensor) -> Tensor:
+    """w^T block^-1 w for every column w of parts (N, d, out) and block (N, d, d): (N, out)."""
+    return torch.linalg.solve_triangular(cholesky(blocks), parts, upper=False).square().sum(dim=1)
 
 
 def block_sums(scores: Tensor, rows: int, columns: int) -> Tensor:
