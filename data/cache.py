@@ -1,10 +1,11 @@
-"""A file of records used directly as training data: prepared once into a cache beside the other sets."""
+"""Records or text used directly as training data: prepared once into a cache beside the other sets."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from data.manifest import resolve_data_dir
@@ -33,8 +34,6 @@ def prepare_records_cache(
     that the records are: pairs give a "preference" set, format "prompts" one of prompts.
     Raises FileNotFoundError or ValueError naming the file.
     """
-    from data.prepare import prepare
-
     path = Path(records)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of records")
@@ -48,19 +47,37 @@ def prepare_records_cache(
         max_length=max_length,
         bad_records=bad_records,
     )
-    folder = resolve_data_dir(f"cache-{path.stem}-{_digest(path, settings, tokenizer, template)[:12]}")
+    return _prepared(path.stem, settings, tokenizer, template)
+
+
+def prepare_text_cache(
+    source: str, inputs: Sequence[str], tokenizer: Tokenizer, max_documents: int | None = None
+) -> Path:
+    """The folder of shards for a source of text (see `prepare_data.py`), or for text files; prepared once, as above.
+
+    What the Hub has under a name is taken to stay the same. Raises ValueError or OSError, one line.
+    """
+    settings = PrepareSettings(source=source, input=tuple(inputs), format="text", max_documents=max_documents)
+    name = Path(inputs[0]).stem if inputs else source.replace("/", "-").replace(":", "-")
+    return _prepared(name, settings, tokenizer, None)
+
+
+def _prepared(name: str, settings: PrepareSettings, tokenizer: Tokenizer, template: Template | None) -> Path:
+    from data.prepare import prepare
+
+    folder = resolve_data_dir(f"cache-{name}-{_digest(settings, tokenizer, template)[:12]}")
     if not (folder / "dataset.json").exists():
         prepare(dataclasses.replace(settings, data_dir=str(folder)), tokenizer, template)
     return folder
 
 
-def _digest(path: Path, settings: PrepareSettings, tokenizer: Tokenizer, template: Template | None) -> str:
+def _digest(settings: PrepareSettings, tokenizer: Tokenizer, template: Template | None) -> str:
     """SHA-256 over all that decides what the set holds: settings, vocabulary, template, the bytes of the files."""
     values = {**dataclasses.asdict(settings), "input": None}  # the same records elsewhere are the same set
     special = [tokenizer.fingerprint, tokenizer.eot_id, tokenizer.bos_id]
     spec = template.spec() if template else None
     digest = hashlib.sha256(json.dumps([_VERSION, values, special, spec], sort_keys=True).encode())
-    files = [path, Path(settings.prompt_template)] if is_jinja_file(settings.prompt_template) else [path]
+    files = [*settings.input, *([settings.prompt_template] if is_jinja_file(settings.prompt_template) else [])]
     for name in files:
         with open(name, "rb") as file:
             while block := file.read(1 << 20):

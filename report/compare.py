@@ -11,7 +11,7 @@ import base64
 import difflib
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,11 @@ def compare_page(comparison: dict[str, Any], out_path: str | Path) -> Path:
 
 def render_page(comparison: dict[str, Any]) -> str:
     """The page's HTML."""
+    return render_template("compare.html", page_values(comparison), ["compare.css"], ["compare.js"])
+
+
+def render_template(name: str, page: dict[str, Any], styles: Sequence[str], scripts: Sequence[str] = ()) -> str:
+    """The HTML of a template with `page` in it, escaped, and with these files as its only style and script."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -42,11 +47,10 @@ def render_page(comparison: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    style = (TEMPLATES / "compare.css").read_text("utf-8")
-    script = (TEMPLATES / "compare.js").read_text("utf-8")
+    style, script = ("".join((TEMPLATES / file).read_text("utf-8") for file in files) for files in (styles, scripts))
     # Markup: these two are ours and go in as they are. Everything else passes through the escaping of the template.
-    return environment.get_template("compare.html").render(
-        page=_page(comparison), style=Markup(style), script=Markup(script), policy=_policy(style, script)
+    return environment.get_template(name).render(
+        page=page, style=Markup(style), script=Markup(script), policy=_policy(style, script)
     )
 
 
@@ -117,8 +121,8 @@ def format_perplexity(perplexity: float | None) -> str:
     )
 
 
-def _page(comparison: dict[str, Any]) -> dict[str, Any]:
-    """The comparison as the template wants it: formatted, its differences marked, its control characters visible."""
+def page_values(comparison: dict[str, Any]) -> dict[str, Any]:
+    """The comparison as a template wants it: formatted, its differences marked, its control characters visible."""
     checkpoints = comparison["checkpoints"]
     return {
         "title": show_controls(comparison["title"]),

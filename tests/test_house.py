@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("data", "model", "formats", "evaluation", "training", "report", "serve")
+ROOMS = ("data", "model", "formats", "evaluation", "training", "report", "pruning", "serve")
 MAY_IMPORT = {
     "data": set(),
     "model": set(),
@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "evaluation": {"data", "model", "formats"},
     "training": {"data", "model", "formats", "evaluation", "report"},
     "report": set(),
+    "pruning": {"data", "model", "formats", "evaluation", "training", "report"},
     "serve": set(ROOMS),
 }
 NO_TORCH = (
@@ -26,6 +27,7 @@ NO_TORCH = (
     "training/run_settings.py",
     "data/settings.py",
     "evaluation/settings.py",
+    "pruning/settings.py",
     "model/config.py",
 )
 

@@ -1,0 +1,152 @@
+"""--method as calls of model/pruning: what each takes of the calibration text, and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from model.gpt import GPT
+from model.masks import Mask, Masks, sparsity_line, sparsity_report
+from model.pruning.layers import layers_worth
+from model.pruning.matrices import matrices
+from model.pruning.sparse import SparseSettings, prune_sparse
+from model.pruning.structured import StructuredSettings, prune_structured
+from model.pruning.units import UnitCosts, drop_layers, unit_flops, unit_parameters
+from pruning.cache import StatisticsCache
+from pruning.measure import unit_seconds
+from pruning.settings import SPARSE, PruneSettings, allocation, check_layers
+
+Say = Callable[[str], None]
+_PRUNED_ELSEWHERE = 0.05  # share of zeros in a matrix without a mask, above which somebody has pruned it
+
+
+class Outcome(NamedTuple):
+    """A pruned model, the layers of the base that its layers are, and what is to be said of it."""
+
+    model: GPT
+    layers: list[int]
+    notes: list[str]
+
+
+def prune_model(model: GPT, settings: PruneSettings, cache: StatisticsCache | None) -> Outcome:
+    """The pruned model; for zeros it is `model`, changed in place. `cache` may be None where no text is needed.
+
+    Raises ValueError for what the model does not allow.
+    """
+    if settings.method == "structured":
+        return _structured(model, settings, cache)
+    if settings.method == "drop_layers":
+        assert cache is not None
+        budget = settings.pruning_ratio * units_in_range(model, settings, with_mlp=True)
+        return drop_cheapest(model, cache, budget, range(*check_layers(settings, model.config.n_layer)))
+    return _sparse(model, settings, cache)
+
+
+def needs_text(settings: PruneSettings) -> bool:
+    """Whether the method looks at calibration text at all; magnitudes alone do not."""
+    return settings.method != "magnitude" or allocation(settings) != "uniform"
+
+
+def _structured(model: GPT, settings: PruneSettings, cache: StatisticsCache | None) -> Outcome:
+    assert cache is not None
+    wanted = StructuredSettings(
+        ratio=settings.pruning_ratio,
+        prune_mlp=settings.prune_mlp,
+        importance=settings.importance,
+        allocation=settings.allocation,
+        layer_start=settings.layer_start,
+        layer_end=settings.layer_end,
+        protect_first=settings.protect_first,
+        protect_last=settings.protect_last,
+        min_groups=settings.min_groups,
+        channel_multiple=settings.channel_multiple,
+        refit=settings.refit,
+    )
+    gradients = None if settings.importance == "activation" else cache.gradients(settings.gradient_samples)
+    smaller, report = prune_structured(model, cache.layer, gradients, wanted, _costs(model, settings))
+    note = f"{report.removed_parameters:,} parameters removed, {report.achieved:.1%} of the units in range"
+    return Outcome(smaller, list(range(model.config.n_layer)), [note, *report.notes])
+
+
+def _costs(model: GPT, settings: PruneSettings) -> UnitCosts:
+    """What a unit of each kind costs of --budget."""
+    if settings.budget == "latency":
+        return unit_seconds(model)
+    context = min(settings.importance_seq_len, model.config.block_size)
+    return unit_parameters(model.config) if settings.budget == "parameters" else unit_flops(model.config, context)
+
+
+def drop_cheapest(model: GPT, cache: StatisticsCache, parameters: float, layers: Sequence[int]) -> Outcome:
+    """Without the layers of least influence that hold about so many parameters; shares the others with `model`."""
+    influences = [cache.layer(i).influence for i in range(model.config.n_layer)]
+    gone = layers_worth(model.config, influences, parameters, layers)
+    smaller = drop_layers(model, gone)
+    removed = model.num_params() - smaller.num_params()
+    names = ", ".join(map(str, gone))
+    note = f"{removed:,} parameters removed with {len(gone)} whole layers ({names}); asked for {parameters:,.0f}"
+    return Outcome(smaller, [i for i in range(model.config.n_layer) if i not in gone], [note])
+
+
+def units_in_range(model: GPT, settings: PruneSettings, with_mlp: bool) -> float:
+    """The parameters of the kv groups, and of the MLP channels, of the chosen layers."""
+    each = unit_parameters(model.config)
+    total = 0.0
+    for i in range(*check_layers(settings, model.config.n_layer)):
+        sizes = model.config.layer(i)
+        total += sizes.n_kv_head * each.group + (sizes.mlp_dim * each.channel if with_mlp else 0)
+    return total
+
+
+def _sparse(model: GPT, settings: PruneSettings, cache: StatisticsCache | None) -> Outcome:
+    wanted = SparseSettings(
+        method=settings.method,
+        sparsity=settings.sparsity,
+        pattern=settings.pattern,
+        block_size=settings.block_size,
+        allocation=allocation(settings),
+        layer_start=settings.layer_start,
+        layer_end=settings.layer_end,
+    )
+    source: Any = None
+    found = None
+    if cache is not None:
+        # Once for all layers where all are ranked together or nothing is compensated; else each layer's statistics are
+        # those of the layers before it as they are pruned by then, as the methods' authors do it.
+        at_once = settings.method == "magnitude" or settings.pattern == "block"
+        source = cache.layer if at_once else cache.windows
+        found = cache.gradients(settings.gradient_samples) if wanted.allocation == "unbalanced" else None
+    model.masks, rows = prune_sparse(model, source, found, wanted, model.masks)
+    return Outcome(model, list(range(model.config.n_layer)), [sparsity_line(rows)])
+
+
+# -- models that were pruned before ----------------------------------------------------------------------------------
+
+
+def zeros_as_masks(model: GPT) -> Masks:
+    """Masks of the matrices that hold so many zeros that they were pruned by something that leaves no masks."""
+    found = {}
+    for name, module in matrices(model, range(model.config.n_layer)).items():
+        kept = module.weight.detach() != 0
+        if 1 - float(kept.double().mean()) > _PRUNED_ELSEWHERE:
+            found[f"{name}.weight"] = Mask.of(kept)
+    return found
+
+
+def check_sparse_base(model: GPT, settings: PruneSettings, name: str) -> None:
+    """ValueError where the model's zeros leave nothing to do, or would not survive the method."""
+    if not model.masks:
+        return
+    if settings.method not in SPARSE:
+        line = sparsity_line(sparsity_report(model, model.masks))
+        raise ValueError(
+            f"{name}: is sparse already ({line}): --method {settings.method} takes whole units, whose zeros would be "
+            f"lost with them; prune the dense model, or its zeros further with {', '.join(SPARSE)}"
+        )
+    inside = matrices(model, range(*check_layers(settings, model.config.n_layer))).values()
+    zeros = sum(int((module.weight == 0).sum()) for module in inside)
+    share = zeros / sum(module.weight.numel() for module in inside)
+    if share >= settings.sparsity - 1e-3:
+        raise ValueError(
+            f"{name}: {share:.1%} of the weights of the chosen layers are zero already: --sparsity "
+            f"{settings.sparsity:g} asks for no more; give a larger one"
+        )

@@ -1,0 +1,284 @@
+"""The run of `prune.py`: open, measure, prune, measure, recover, measure, compare."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from data.templates import template_from_spec
+from data.tokenizer import Tokenizer
+from formats.adapter import is_adapter, weights_digest
+from formats.checkpoint import load_checkpoint, masks_entry, save_checkpoint
+from formats.open_model import build_model, check_exists, load_payload, payload_tokenizer
+from model.gpt import GPT
+from pruning import comparison, recovery
+from pruning.cache import StatisticsCache
+from pruning.measure import kept_by_layer, layer_numbers, measure_perplexity, show, sizes
+from pruning.methods import (
+    Outcome,
+    check_sparse_base,
+    drop_cheapest,
+    needs_text,
+    prune_model,
+    units_in_range,
+    zeros_as_masks,
+)
+from pruning.settings import SPARSE, PruneSettings, allocation, check, check_layers, with_changes
+from pruning.text import TRAIN, VAL, Text, read_text
+from training.distributed import choose_device
+from training.metrics import Console
+from training.run_folder import RunFolder
+from training.saver import versions
+from training.settings import to_dict
+
+# The settings that decide what the pruned model is: the same ones on the same base make it once.
+_MAKES = (
+    *("method", "pruning_ratio", "sparsity", "pattern", "block_size", "importance", "prune_mlp", "budget", "refit"),
+    *("protect_first", "protect_last", "min_groups", "channel_multiple", "layer_start", "layer_end", "seed"),
+    *("calibration", "importance_samples", "importance_seq_len", "gradient_samples"),
+)
+
+
+def prune(settings: PruneSettings) -> dict[str, Any]:
+    """Prune, recover and compare as the settings say; returns {"pruned", "recovered", "finished", "perplexity", ...}.
+
+    Nothing that is there already is overwritten but this very run's: where the pruned model exists and these settings
+    made it, the run goes on from it. Raises ValueError or OSError, one line, for what a user can mend.
+    """
+    check(settings)
+    check_exists(settings.base_model)
+    if settings.compares:
+        comparison.check_report_path(settings.report_path)
+    console, folder = Console(True), RunFolder(settings.folder)
+    folder.open()
+    try:
+        console.open_log(folder.path / "training.log")
+        result = _in_rounds(settings, console.say) if settings.rounds > 1 else _Run(settings, console.say).run()
+        if result["finished"] and settings.compares:
+            comparison.compare(settings, result, console.say)
+        return result
+    finally:
+        console.close()
+        folder.close()
+
+
+def _in_rounds(settings: PruneSettings, say: Callable[[str], None]) -> dict[str, Any]:
+    """Prune a part of the way, recover, and again; each round starts from what the one before it left."""
+    base, first, result = settings.base_model, None, {}
+    for number in range(1, settings.rounds + 1):
+        last = number == settings.rounds
+        ratio, sparsity = round_shares(settings, number)
+        say(f"Round {number} of {settings.rounds}: {_share_line(settings, ratio, sparsity)}")
+        changes = {"base_model": base, "pruning_ratio": ratio, "sparsity": sparsity, "rounds": 1}
+        changes["teacher"] = settings.teacher or settings.base_model
+        changes["save_ckpt_log_name"] = f"{settings.folder.name}/round-{number}"
+        changes["out"] = str(settings.pruned_path if last else settings.folder / f"round-{number}" / "pruned.pt")
+        result = _Run(with_changes(settings, changes), say).run()
+        first = first or result
+        if not result["finished"]:
+            break
+        base = str(result["recovered"])
+    assert first is not None
+    result["perplexity"]["before"] = first["perplexity"]["before"]
+    rows = result["pruning"]["layers"]
+    now = [{part: row[part][0] for part in ("attention", "mlp")} for row in rows]
+    return {**result, "base": settings.base_model, "layers": kept_by_layer(first["base_layers"], now)}
+
+
+def round_shares(settings: PruneSettings, number: int) -> tuple[float, float]:
+    """--pruning_ratio and --sparsity of a round, 1 the first.
+
+    Units go in equal parts of the model as it was; the ratio of a round is a share of what is left by then. Zeros come
+    fast at first and slowly at the end: s (1 - (1 - r/N)^3) after round r (Zhu & Gupta 2017).
+    """
+    done, now = ((number + k) / settings.rounds * settings.pruning_ratio for k in (-1, 0))
+    sparsity = settings.sparsity * (1 - (1 - number / settings.rounds) ** 3)
+    return (now - done) / (1 - done), sparsity
+
+
+def _share_line(settings: PruneSettings, ratio: float, sparsity: float) -> str:
+    return f"sparsity {sparsity:.1%}" if settings.method in SPARSE else f"{ratio:.1%} of what is left"
+
+
+class _Run:
+    """One round, a step a method."""
+
+    def __init__(self, settings: PruneSettings, say: Callable[[str], None]) -> None:
+        self.settings, self.say = settings, say
+        self.device = choose_device(settings.device)
+        self.perplexity: dict[str, Any] = {}
+
+    def run(self) -> dict[str, Any]:
+        settings = self.settings
+        model = self._open_base()
+        self._eval = self._evaluation_text(model)
+        done = self._made_before()
+        if settings.method == "none":
+            self._start_without_pruning(model)
+        elif done is None:
+            done = self._prune_and_save(model)
+        else:
+            self.say(f"{settings.pruned_path}: was made by these settings, the run goes on from it")
+            self.perplexity = dict(done["perplexity"])
+            self._say_perplexity("before pruning", self.perplexity["before"])
+            self._say_perplexity("after pruning", self.perplexity["after"])
+        del model
+        gc.collect()
+        result: dict[str, Any] = {
+            "base": settings.base_model, "base_layers": self._base_layers, "pruning": done, "finished": True,
+            "layers": done["layers"] if done is not None else None,
+            "pruned": None if settings.method == "none" else settings.pruned_path, "recovered": None,
+            "perplexity": self.perplexity, "protocol": self._protocol,
+        }  # fmt: skip
+        if settings.finetune:
+            start = result["pruned"] or Path(settings.base_model)
+            recovered = recovery.recover(settings, start, self._tokenizer, self._measured, self.say)
+            result["finished"] = recovered is not None
+            if recovered is not None:
+                result["recovered"], self.perplexity["recovered"] = settings.recovered_path, recovered
+                self._say_perplexity("after recovery", recovered)
+        return result
+
+    # -- the base ----------------------------------------------------------------------------------------------------
+
+    def _open_base(self) -> GPT:
+        settings, name = self.settings, self.settings.base_model
+        payload = load_payload(name)
+        if is_adapter(payload):
+            raise ValueError(
+                f"{name}: is an adapter: merge it first (export.py merge {name} merged.pt), then prune that"
+            )
+        model = build_model(payload, name).to(self.device).eval()
+        self._tokenizer: Tokenizer = payload_tokenizer(payload, name)
+        self._about = {"tokenizer": self._tokenizer.spec(), "template": payload.get("template")}
+        template_from_spec(payload.get("template"))  # a damaged one is told now
+        model.masks = model.masks or zeros_as_masks(model)
+        if settings.method != "none":
+            check_layers(settings, model.config.n_layer)
+            check_sparse_base(model, settings, name)
+        self._base_layers = layer_numbers(model)
+        self._digest = weights_digest(model.state_dict())
+        for note in payload.get("notes", ()):
+            self.say(f"{name}: {note}")
+        self.say(f"{name}: {model.num_params():,} parameters in {model.config.n_layer} layers")
+        return model
+
+    def _length(self, model: GPT, name: str) -> int:
+        """A number of tokens, at most the model's context."""
+        wanted: int = getattr(self.settings, name)
+        if wanted > model.config.block_size:
+            self.say(f"--{name} {model.config.block_size}: the model's context")
+        return min(wanted, model.config.block_size)
+
+    def _evaluation_text(self, model: GPT) -> Callable[[GPT], dict[str, Any]]:
+        settings = self.settings
+        text, length = read_text(settings.eval_text, self._tokenizer, VAL), self._length(model, "eval_seq_len")
+        self.say(f"Perplexity is measured on {text.name}" + ("; --eval_text names another" * (not settings.eval_text)))
+        if settings.eval_text is not None and settings.eval_text in (settings.calibration, settings.finetune_data):
+            self.say("Note: the same text is read to prune or recover: this perplexity flatters")
+        return lambda model: measure_perplexity(model, text, settings.eval_samples, length)
+
+    def _measured(self, model: GPT) -> float | None:
+        """The perplexity of a model, whose protocol is remembered."""
+        found = self._eval(model.to(self.device))
+        self._protocol: str = found["protocol"]
+        value: float | None = found["perplexity"]
+        return value
+
+    def _say_perplexity(self, when: str, value: float | None) -> None:
+        self.say(f"PPL {when}: {show(value)}")
+
+    # -- pruning -----------------------------------------------------------------------------------------------------
+
+    def _made(self) -> dict[str, Any]:
+        """What decides the pruned model, as plain values."""
+        values = to_dict(self.settings)
+        return {
+            **{name: values[name] for name in _MAKES},
+            "allocation": allocation(self.settings),
+            "base": self._digest,
+        }
+
+    def _made_before(self) -> dict[str, Any] | None:
+        """The entry `pruning` of the pruned model if it is there and these settings made it; ValueError for another."""
+        path = self.settings.pruned_path
+        if self.settings.method == "none" or not path.exists():
+            return None
+        entry = load_checkpoint(path).get("pruning")
+        made = entry.get("made", {}) if isinstance(entry, dict) else {}
+        wanted = self._made()
+        if isinstance(entry, dict) and made == wanted:
+            self._protocol = entry["perplexity"]["protocol"]
+            return entry
+        differing = [f"{name} {made.get(name)} -> {value}" for name, value in wanted.items() if made.get(name) != value]
+        why = f", made with other settings ({', '.join(differing[:3])})" if made else ""
+        raise ValueError(f"{path}: is there already{why}: choose another --out or --save_ckpt_log_name")
+
+    def _prune_and_save(self, model: GPT) -> dict[str, Any]:
+        settings = self.settings
+        before = self._measured(model)
+        self._say_perplexity("before pruning", before)
+        cache = self._statistics(model)
+        rival = self._rival(model, cache)
+        outcome = prune_model(model, settings, cache)
+        for note in outcome.notes:
+            self.say(note)
+        after = self._measured(outcome.model)
+        self._say_perplexity("after pruning", after)
+        if rival is not None:
+            self.say(f"The cheap rival, {rival['note']}: PPL {show(rival['perplexity'])}")
+        self.perplexity = {"before": before, "after": after, "protocol": self._protocol}
+        entry = {
+            "made": self._made(), "base": {"name": settings.base_model, "digest": self._digest},
+            "perplexity": self.perplexity, "notes": outcome.notes, "layers": self._layers(outcome), "rival": rival,
+            "versions": versions(),
+        }  # fmt: skip
+        weights = {"model": outcome.model.state_dict(), "config": outcome.model.config.to_dict()}
+        size = save_checkpoint(
+            settings.pruned_path, {**weights, **masks_entry(outcome.model.masks), **self._about, "pruning": entry}
+        )
+        self.say(f"Saved {settings.pruned_path} ({size / 1e6:.1f} MB)")
+        return entry
+
+    def _layers(self, outcome: Outcome) -> list[dict[str, Any]]:
+        now: list[dict[str, int] | None] = [None] * len(self._base_layers)
+        for i, numbers in zip(outcome.layers, layer_numbers(outcome.model)):
+            now[i] = numbers
+        return kept_by_layer(self._base_layers, now)
+
+    def _statistics(self, model: GPT) -> StatisticsCache | None:
+        """The calibration text's windows, and the place where their statistics are kept."""
+        settings = self.settings
+        if not needs_text(settings):
+            return None
+        length = self._length(model, "importance_seq_len")
+        pool = 10 * settings.importance_samples * length
+        text: Text = read_text(settings.calibration, self._tokenizer, TRAIN, pool)
+        flags = "--importance_samples or --importance_seq_len"
+        windows = text.chosen_windows(settings.importance_samples, length, settings.seed, flags)
+        self.say(
+            f"Calibration: {len(windows)} windows of {length} tokens from {text.name}"
+            + ("; --calibration names another" * (settings.calibration is None))
+        )
+        return StatisticsCache(model, windows, settings.cache_dir if settings.cache_statistics else None, self.say)
+
+    def _rival(self, model: GPT, cache: StatisticsCache | None) -> dict[str, Any] | None:
+        """Whole layers dropped in place of the units, for as many parameters: what a finer method has to beat."""
+        settings = self.settings
+        if settings.method != "structured" or cache is None:
+            return None
+        budget = settings.pruning_ratio * units_in_range(model, settings, with_mlp=settings.prune_mlp)
+        try:
+            rival = drop_cheapest(model, cache, budget, range(*check_layers(settings, model.config.n_layer)))
+        except ValueError as error:  # less than a layer is to go
+            self.say(f"No cheap rival: {error}")
+            return None
+        found = {"perplexity": self._measured(rival.model), **sizes(rival.model)}
+        return {"note": rival.notes[0], **found}
+
+    def _start_without_pruning(self, model: GPT) -> None:
+        before = self._measured(model)
+        self._say_perplexity("before recovery", before)
+        self.perplexity = {"before": None, "after": before, "protocol": self._protocol}
