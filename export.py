@@ -5,6 +5,7 @@
     python export.py gguf CKPT OUT.gguf         a file that llama.cpp loads (--dtype f32, f16 or q8_0)
     python export.py merge ADAPTER OUT.pt       a LoRA adapter and its base as one model
     python export.py peft ADAPTER OUT_DIR       a LoRA adapter or a prefix as PEFT loads it
+    python export.py compact CKPT OUT.pt        a pruned model without its zeros, which opens like any checkpoint
 
 Each reads back what it wrote and prints the largest difference. Exit code 2 for bad input.
 """
@@ -12,7 +13,14 @@ Each reads back what it wrote and prints the largest difference. Exit code 2 for
 import sys
 from typing import Any
 
-from formats.settings import GgufSettings, HuggingFaceSettings, ImportSettings, MergeSettings, PeftSettings
+from formats.settings import (
+    CompactSettings,
+    GgufSettings,
+    HuggingFaceSettings,
+    ImportSettings,
+    MergeSettings,
+    PeftSettings,
+)
 from training.settings import nearest, run_script
 
 # Command: its settings, the words that may stand without a flag, what it does.
@@ -22,6 +30,7 @@ COMMANDS: dict[str, tuple[type, tuple[str, ...], str]] = {
     "gguf": (GgufSettings, ("checkpoint", "out"), "gguf CKPT OUT.gguf: write a file that llama.cpp loads."),
     "merge": (MergeSettings, ("adapter", "out"), "merge ADAPTER OUT.pt: put a LoRA adapter into its base."),
     "peft": (PeftSettings, ("adapter", "out"), "peft ADAPTER OUT_DIR: write LoRA or a prefix as PEFT loads it."),
+    "compact": (CompactSettings, ("checkpoint", "out"), "compact CKPT OUT.pt: write a pruned model without its zeros."),
 }
 
 
@@ -35,6 +44,7 @@ def main(settings: Any) -> None:
         GgufSettings: export.export_gguf,
         MergeSettings: export.merge_adapter,
         PeftSettings: export.export_peft,
+        CompactSettings: export.export_compact,
     }
     work[type(settings)](settings, print)
 

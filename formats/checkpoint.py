@@ -22,6 +22,7 @@ from typing import IO, Any, cast
 
 import torch
 
+from formats.compact import ENTRY, from_compact
 from model.masks import Mask, Masks, check_weights
 
 FORMAT = 1
@@ -118,7 +119,8 @@ def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> int:
     ValueError where weights are not zero that the payload's masks say are: no file ever holds such a model.
     """
     path = Path(path)
-    check_weights(payload.get("model", {}), payload_masks(payload, path))
+    if ENTRY not in payload:
+        check_weights(payload.get("model", {}), payload_masks(payload, path))
     size = 0
     writer: _DigestWriter | None = None
 
@@ -173,6 +175,7 @@ def payload_bytes(payload: Any) -> int:
 def load_checkpoint(path: str | Path, *, require_digest: bool = False) -> dict[str, Any]:
     """The checked content of a checkpoint, tensors mapped from the file into CPU memory (copied when written to).
 
+    A compact file's are made anew, with their zeros, and `in_memory` is True.
     Raises FileNotFoundError or ValueError naming the file and the reason. A plain archive without a digest (weights
     that somebody saved with torch.save) is taken unless `require_digest`; `has_digest(path)` tells.
     """
@@ -193,8 +196,11 @@ def load_checkpoint(path: str | Path, *, require_digest: bool = False) -> dict[s
     strange = [name for name, value in payload["model"].items() if not isinstance(value, torch.Tensor)]
     if strange:
         raise ValueError(f"{path}: its weight {strange[0]} is no tensor")
+    masks = payload_masks(payload, path)
+    if ENTRY in payload:
+        return from_compact(payload, masks, path)
     try:
-        check_weights(payload["model"], payload_masks(payload, path))
+        check_weights(payload["model"], masks)
     except ValueError as error:
         raise ValueError(f"{path}: its masks do not fit its weights: {error}") from None
     return payload

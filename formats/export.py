@@ -9,10 +9,26 @@ from typing import Any
 import torch
 
 from formats.adapter import is_adapter
-from formats.checkpoint import load_checkpoint, masks_entry, save_checkpoint
+from formats.checkpoint import (
+    TRAINING_KEYS,
+    load_checkpoint,
+    masks_entry,
+    payload_bytes,
+    payload_masks,
+    save_checkpoint,
+)
+from formats.compact import to_compact
 from formats.open_model import build_model, load_payload
-from formats.settings import GgufSettings, HuggingFaceSettings, ImportSettings, MergeSettings, PeftSettings
+from formats.settings import (
+    CompactSettings,
+    GgufSettings,
+    HuggingFaceSettings,
+    ImportSettings,
+    MergeSettings,
+    PeftSettings,
+)
 from model.config import GPTConfig
+from model.masks import sparsity_line, sparsity_report
 from model.tuning import base_state, merge
 
 Say = Callable[[str], None]
@@ -65,6 +81,27 @@ def export_peft(settings: PeftSettings, say: Say) -> None:
     report = write_peft(load_payload(settings.adapter), Path(settings.out))
     _say_notes(report, say)
     say(f"Compared what it does with {settings.out} read back: largest difference {report['largest_difference']:g}")
+
+
+def export_compact(settings: CompactSettings, say: Say) -> None:
+    """Write a pruned model without its zeros, weights only. Raises ValueError or OSError for what cannot be."""
+    _need(settings.checkpoint, "CKPT, the pruned model")
+    out = _output_file(settings.out, ".pt", settings.overwrite)
+    payload = load_payload(settings.checkpoint)
+    masks = payload_masks(payload, settings.checkpoint)
+    if is_adapter(payload):
+        raise ValueError(f"{settings.checkpoint}: is an adapter: merge it (export.py merge) and compact the result")
+    if not masks:
+        raise ValueError(f"{settings.checkpoint}: has no pruning masks, so there are no zeros to leave out")
+    payload = {key: value for key, value in payload.items() if key not in (*TRAINING_KEYS, "in_memory")}
+    size = save_checkpoint(out, to_compact(payload, masks, settings.dtype))
+    back = load_checkpoint(out)
+    difference = _largest_difference(payload["model"], back["model"])
+    say(f"Compared {len(payload['model'])} tensors with {out} read back: largest difference {difference:g}")
+    rows = sparsity_report(build_model(back, out), masks)
+    say(f"Sparsity: {sparsity_line(rows)}")
+    dense = payload_bytes(payload["model"])
+    say(f"{out}: {size / 1e6:,.1f} MB, {size / dense:.3f} of the {dense / 1e6:,.1f} MB of its weights with their zeros")
 
 
 @torch.inference_mode()

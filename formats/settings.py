@@ -45,6 +45,20 @@ class GgufSettings:
 
 
 @dataclass
+class CompactSettings:
+    """export.py compact: make a pruned checkpoint smaller by its zeros; it opens like any other."""
+
+    checkpoint: str = ""
+    """The pruned model: a checkpoint (.pt) with masks."""
+    out: str = ""
+    """The checkpoint to write (.pt)."""
+    dtype: Literal["f32", "f16", "bf16"] = "f32"
+    """How matrices are stored; f32 gives back the very same model."""
+    overwrite: bool = False
+    """Replace a file that is there."""
+
+
+@dataclass
 class PeftSettings:
     """export.py peft: make a LoRA adapter or a prefix a folder that PEFT loads."""
 
