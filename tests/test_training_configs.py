@@ -10,16 +10,20 @@ from typing import Any
 import pytest
 
 from data.settings import PrepareSettings
-from training.run_settings import FinetuneSettings, RunSettings, TrainSettings
+from pruning.settings import PruneSettings
+from pruning.settings import check as check_pruning
+from training.run_settings import FinetuneSettings, TrainSettings
 from training.settings import parse
 from training.step_plan import check_settings, plan_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SCRIPTS: dict[str, Any] = {"prepare_data.py": PrepareSettings, "train_gpt2.py": TrainSettings}
-SCRIPTS |= {"finetune_dolly.py": FinetuneSettings}
+SCRIPTS |= {"finetune_dolly.py": FinetuneSettings, "prune.py": PruneSettings}
 EVERYTHING = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RECOVERY = {"block_size": 512, "batch_size": 1, "max_grad_norm": 1.0, "lr_schedule": "linear", "min_lr_ratio": 0.0}
+PRUNE = {"method": "structured", "pruning_ratio": 0.25, "prune_mlp": True, "finetune_method": "full"}
+PRUNE |= {"save_model": True, "test_after_prune": True, "finetune": True, "finetune_seq_len": 512}
 
 # Published advice, number by number.
 KNOWN: dict[str, dict[str, Any]] = {
@@ -60,27 +64,47 @@ KNOWN: dict[str, dict[str, Any]] = {
         **RECOVERY, "finetune_method": "full", "max_lr": 5e-6, "epochs": 2.0, "max_samples": 1000,
         "weight_decay": 0.02,
     },
-    "lora_recovery_c4": {
+    "lora_block": {
         "data_dir": "c4", "finetune_method": "lora", "lora_r": 8, "lora_alpha": 16.0, "lora_dropout": 0.05,
         "lora_target_modules": ("q_proj", "v_proj"), "epochs": 1.0, "block_size": 1024, "max_samples": 30000,
         "max_lr": 1e-4, "batch_size": 1, "grad_accum_steps": 1, "max_eval_samples": 128,
     },
+    "prune_standard": {
+        **PRUNE, "finetune_lr": 1e-5, "finetune_epochs": 2.0, "finetune_samples": 1000, "finetune_warmup_steps": 50,
+        "finetune_grad_accum": 4, "finetune_weight_decay": 0.01, "finetune_max_grad_norm": 1.0,
+    },
+    "prune_aggressive": {
+        **PRUNE, "pruning_ratio": 0.3, "finetune_lr": 2e-5, "finetune_epochs": 3.0, "finetune_samples": 2000,
+        "finetune_grad_accum": 8, "finetune_warmup_steps": 100, "finetune_weight_decay": 0.02,
+    },
+    "prune_lora": {
+        **PRUNE, "finetune_method": "lora", "finetune_lr": 2e-4, "finetune_epochs": 3.0, "finetune_samples": 1500,
+        "finetune_grad_accum": 8, "lora_r": 8, "lora_alpha": 16.0, "lora_dropout": 0.05,
+    },
+    "prune_quick": {
+        **PRUNE, "prune_mlp": False, "importance_samples": 20, "layer_start": 10, "layer_end": 15,
+        "finetune_samples": 100, "finetune_epochs": 1.0, "finetune_batch_size": 1, "finetune_grad_accum": 2,
+    },
 }  # fmt: skip
 
 
-def settings_of(path: Path) -> RunSettings:
-    cls = TrainSettings if "pretrain" in path.stem else FinetuneSettings
+def settings_of(path: Path) -> Any:
+    cls: Any = TrainSettings if "pretrain" in path.stem else FinetuneSettings
+    cls = PruneSettings if path.stem.startswith("prune_") else cls
     return parse(cls, ["--config", str(path)])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_file_is_taken_and_its_settings_go_together(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = settings_of(path)
-    check_settings(settings)
-    plan_steps(settings, settings.block_size, windows_per_epoch=settings.max_samples or 1000, world_size=1)
+    if isinstance(settings, PruneSettings):
+        check_pruning(settings)
+    else:
+        check_settings(settings)
+        plan_steps(settings, settings.block_size, windows_per_epoch=settings.max_samples or 1000, world_size=1)
     with pytest.raises(SystemExit) as stop:
         parse(type(settings), ["--config", str(path), "--print_config"])
-    assert stop.value.code == 0 and "max_lr: " in capsys.readouterr().out
+    assert stop.value.code == 0 and "_lr: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", KNOWN)
