@@ -14,12 +14,8 @@ from model.generate import generate
 from model.lora import LoraSettings, apply_lora
 from model.masks import Mask, apply_masks_
 from model.pack import for_generation
+from tests.masked_models import random_mask
 from tests.model_helpers import FAMILIES, GPT2, LLAMA, UNBALANCED, batch, build
-
-
-def random_mask(shape, block, kept=0.5, seed=0):
-    grid = -(-shape[0] // block[0]), -(-shape[1] // block[1])
-    return Mask(shape, block, torch.rand(grid, generator=torch.Generator().manual_seed(seed)) < kept)
 
 
 def pruned(config, block=(8, 8), kept=0.5, only=("",)):
