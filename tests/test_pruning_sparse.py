@@ -152,6 +152,7 @@ def test_layers_out_of_range_stay_and_keep_their_masks():
         ({"pattern": "2:4", "sparsity": 0.6}, "leave --sparsity out"),
         ({"pattern": "2:4", "allocation": "owl"}, "leave --allocation out"),
         ({"pattern": "block", "block_size": 0}, "at least 1"),
+        ({"pattern": "block", "method": "sparsegpt", "allocation": "owl"}, "unbalanced or uniform"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(values, message):

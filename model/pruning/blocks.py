@@ -1,127 +1,176 @@
-"""Blocks of zeros that a network survives (NAME OF RECIPE BELOW)."""
+"""Blocks of zeros that a network survives: second-order costs, one ranking, an order of its units, a re-fit.
+
+Half of all 16x16 blocks by their Wanda scores, the same share of each matrix, leaves nothing of a small language model.
+What is done instead, each step of little use without the others:
+
+1. The network's units are brought into an order in which its blocks are nearly all important or nearly all not.
+2. A block costs what the loss is expected to rise by when it goes and its rows' other weights are re-fitted, to second
+   order: sum over its rows r of g_r w_B (P_BB)^-1 w_B^T, P the inverse of the inputs' second moment, g_r the mean
+   squared gradient at the output. Such costs can be compared between matrices, so there is one threshold for all.
+3. Blocks go in rounds. After each, what is left is re-fitted, exactly, since the rows of a block share their zeros, and
+   costs are computed anew without the inputs that are gone: of two blocks that can stand in for each other, one stays.
+4. At last each matrix, in the order of the computation, is fitted to the dense network's outputs from the inputs that
+   the pruned network gives it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from model.gpt import GPT
-from model.masks import Masks
+from model.masks import Mask, Masks
 from model.pruning.allocation import lowest_blocks
 from model.pruning.matrices import layer_matrices, matrices
 from model.pruning.orders import find_orders
+from model.pruning.paired import follow, retarget
 from model.pruning.patterns import block_mask, block_sizes
 from model.pruning.permute import permute_, permute_gradients, permute_statistics
-from model.pruning.refit import refit_row_blocks
+from model.pruning.refit import damped, refit_row_blocks
 from model.pruning.scores import block_sums, fisher_squares, row_costs
-from model.pruning.statistics import Gradients, LayerStatistics, gradients
+from model.pruning.statistics import SITE_OF, Gradients, LayerStatistics
 
 Statistics = Callable[[int], LayerStatistics]
+ROUNDS = (0.4, 0.7, 0.9, 1.0)  # of the share that is to go: the later a round, the less it takes
 
 
-def squared_gradients(model: GPT, found: Gradients | Tensor | None) -> dict[str, Tensor]:
-    """The mean squared gradient at each matrix's outputs, (out,) by its name. ValueError where there is no text."""
-    if found is None:
-        raise ValueError("unbalanced allocation and second-order blocks need gradients on calibration text")
-    return (gradients(model, found) if isinstance(found, Tensor) else found).output
+@dataclass(frozen=True)
+class BlockSettings:
+    """What `prune_blocks` removes, and from where."""
+
+    size: int
+    sparsity: float
+    layers: Sequence[int]
+    cap: float = 0.9  # the most that one matrix loses
+    damping: float = 0.01
+    together: bool = True  # one threshold for all matrices; False: the same share of each
+    reorder: bool = True  # units may change places; ruled out where zeros of before have theirs
 
 
-def block_costs(
-    model: GPT, statistics: Statistics, layers: Iterable[int], size: int, damping: float
-) -> dict[str, Tensor]:
-    """`row_costs` of each matrix of some layers, by its name."""
-    costs = {}
-    for layer in layers:
-        own = statistics(layer)
-        for linear, module in layer_matrices(model, layer):
-            costs[f"h.{layer}.{linear}"] = row_costs(module.weight, own.of(linear).second, size, damping)
-    return costs
-
-
-def choose_blocks(
-    model: GPT,
-    costs: dict[str, Tensor],
-    output: dict[str, Tensor],
-    size: int,
-    sparsity: float,
-    cap: float,
-    old: dict[str, Tensor],
-) -> Masks:
-    """The masks of matrices, by their weights' names, when the blocks that cost the loss least go, from all at once.
-
-    costs are `block_costs`, output the squared gradients; old: what is kept of matrices that are sparse already.
-    """
-    shapes = {
-        name: (module.out_features, module.in_features) for name, module in matrices(model, _layers(costs)).items()
-    }
-    prices, sizes = [], []
-    for name, cost in costs.items():
-        each = block_sizes(shapes[name], (size, size))
-        price = block_sums(output[name].unsqueeze(1) * cost, size, 1) / each.to(cost.device)
-        if f"{name}.weight" in old:
-            empty = block_sums(old[f"{name}.weight"].float(), size, size) == 0
-            price = price.masked_fill(empty, -1.0)
-        prices.append(price)
-        sizes.append(each)
-    bits = lowest_blocks(prices, sizes, sparsity, cap)
-    return {
-        f"{name}.weight": block_mask(kept, shapes[name], (size, size), old.get(f"{name}.weight"))
-        for name, kept in zip(costs, bits)
-    }
-
-
-def _layers(names: Iterable[str]) -> list[int]:
-    return sorted({int(name.split(".")[1]) for name in names})
-
-
-def second_order_blocks(
+@torch.no_grad()
+def prune_blocks(
     model: GPT,
     statistics: Statistics,
     output: dict[str, Tensor],
-    layers: Iterable[int],
-    size: int,
-    sparsity: float,
-    cap: float,
-    damping: float,
+    settings: BlockSettings,
     old: dict[str, Tensor],
-    permute: bool,
+    windows: Tensor | None = None,
 ) -> Masks:
-    if permute and not old:
+    """Removes blocks as described above, in place; returns the masks of the layers in range.
 
-        def squares(layer: int) -> dict[str, Tensor]:
-            own = statistics(layer)
-            return {
-                linear: fisher_squares(module.weight, own.of(linear).second, output[f"h.{layer}.{linear}"])
-                for linear, module in layer_matrices(model, layer)
-            }
-
-        orders = find_orders(model.config, squares, size, sparsity)
-        permute_(model, orders)
-        output = permute_gradients(Gradients(output), orders).output
-        before = statistics
-        statistics = lambda layer: permute_statistics(before(layer), layer, orders, model.config)  # noqa
-    costs = block_costs(model, statistics, layers, size, damping)
-    masks = choose_blocks(model, costs, output, size, sparsity, cap, old)
-    for layer in layers:
-        own = statistics(layer)
-        for linear, module in layer_matrices(model, layer):
-            mask = masks[f"h.{layer}.{linear}.weight"]
-            module.weight.copy_(refit_row_blocks(module.weight, own.of(linear).second, mask, damping))
+    statistics and output (mean squared gradients, (out,) by matrix) are the dense model's; old, bool (out, in) by
+    weight: what is kept of one that is sparse already. windows (N, T) int64: text for the last re-fit; None: without.
+    """
+    if settings.reorder and not old:
+        statistics, output = _reorder_(model, statistics, output, settings)
+    dense = None if windows is None else copy.deepcopy(model)
+    masks = _remove_(model, statistics, output, settings, old)
+    if dense is not None and windows is not None:
+        _refit_to_(model, dense, masks, windows, settings)
     return masks
 
 
-def prune_blocks(model, source, found, settings, old) -> Masks:
-    output = squared_gradients(model, found)
-    return second_order_blocks(
-        model,
-        source,
-        output,
-        settings.layers(model.config.n_layer),
-        settings.block_size,
-        settings.sparsity,
-        settings.cap,
-        settings.damping,
-        old,
-        True,
+def _reorder_(
+    model: GPT, statistics: Statistics, output: dict[str, Tensor], settings: BlockSettings
+) -> tuple[Statistics, dict[str, Tensor]]:
+    """Brings the model's units into an order for blocks, in place; returns statistics and gradients in that order."""
+
+    def squares(layer: int) -> dict[str, Tensor]:
+        own = statistics(layer)
+        return {
+            linear: fisher_squares(module.weight, own.of(linear).second, output[f"h.{layer}.{linear}"])
+            for linear, module in layer_matrices(model, layer)
+        }
+
+    orders = find_orders(model.config, squares, settings.size, settings.sparsity)
+    permute_(model, orders)
+    return (
+        lambda layer: permute_statistics(statistics(layer), layer, orders, model.config),
+        permute_gradients(Gradients(output), orders).output,
     )
+
+
+def _remove_(
+    model: GPT, statistics: Statistics, output: dict[str, Tensor], settings: BlockSettings, old: dict[str, Tensor]
+) -> Masks:
+    """Removes blocks in rounds, each time re-fitting the others, from the weights as they were at first."""
+    linears = matrices(model, settings.layers)
+    whole = {name: module.weight.clone() for name, module in linears.items()}
+    block = (settings.size, settings.size)
+    gone = {name: block_sums(old[f"{name}.weight"].float(), *block) == 0 for name in linears if f"{name}.weight" in old}
+    costs: dict[str, Tensor] = {}
+    for layer in settings.layers:
+        own = statistics(layer)
+        for linear, module in layer_matrices(model, layer):
+            second = own.of(linear).second
+            costs[f"h.{layer}.{linear}"] = row_costs(module.weight, second, settings.size, settings.damping)
+    masks: Masks = {}
+    rounds = (1.0,) if old else ROUNDS
+    for part in rounds:
+        bits = _choose(costs, output, whole, gone, part * settings.sparsity, settings)
+        gone = {name: ~kept for name, kept in bits.items()}
+        for layer in settings.layers:
+            own = statistics(layer)
+            for linear, module in layer_matrices(model, layer):
+                name, second = f"h.{layer}.{linear}", own.of(linear).second
+                shape = (module.out_features, module.in_features)
+                mask = masks[f"{name}.weight"] = block_mask(bits[name], shape, block, old.get(f"{name}.weight"))
+                module.weight.copy_(refit_row_blocks(whole[name], second, mask, settings.damping))
+                if part < 1.0:
+                    costs[name] = kept_costs(module.weight, second, mask, settings.damping)
+    return masks
+
+
+def _choose(
+    costs: dict[str, Tensor],
+    output: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    gone: dict[str, Tensor],
+    sparsity: float,
+    settings: BlockSettings,
+) -> dict[str, Tensor]:
+    """The blocks kept, bool by matrix, when those go that cost the loss least; first of all what is `gone` already."""
+    prices, sizes = [], []
+    for name, cost in costs.items():
+        out, into = weights[name].shape
+        size = block_sizes((out, into), (settings.size, settings.size))
+        price = block_sums(output[name].unsqueeze(1) * cost, settings.size, 1) / size.to(cost.device)
+        prices.append(price.masked_fill(gone[name], -1.0) if name in gone else price)
+        sizes.append(size)
+    if settings.together:
+        kept = lowest_blocks(prices, sizes, sparsity, settings.cap)
+    else:
+        kept = [lowest_blocks([price], [size], sparsity, cap=1.0)[0] for price, size in zip(prices, sizes)]
+    return dict(zip(costs, kept))
+
+
+def kept_costs(weight: Tensor, second: Tensor, mask: Mask, damping: float) -> Tensor:
+    """`row_costs` when only the inputs that `mask` keeps can make up for a block: (out, block columns), else 0.
+
+    weight (out, in) is as `refit_row_blocks` leaves it.
+    """
+    rows, columns = mask.block
+    whole = damped(second, damping)
+    costs = weight.new_zeros(weight.size(0), mask.bits.size(1))
+    for bits in mask.bits.unique(dim=0):
+        own = (mask.bits == bits).all(dim=1).repeat_interleave(rows)[: weight.size(0)].nonzero().squeeze(1)
+        kept = bits.repeat_interleave(columns)[: weight.size(1)].nonzero().squeeze(1)
+        if len(kept):
+            left = row_costs(weight[own][:, kept], whole[kept][:, kept], columns, damping=0.0)
+            costs[own.unsqueeze(1), bits.nonzero().squeeze(1)] = left.to(costs.dtype)
+    return costs
+
+
+def _refit_to_(model: GPT, dense: GPT, masks: Masks, windows: Tensor, settings: BlockSettings) -> None:
+    """Fits what the masks keep to the outputs of `dense`, the same units in the same order, in place."""
+    originals = matrices(dense, settings.layers)
+    for layer, site, pair in follow(dense, model, windows):
+        for linear, module in layer_matrices(model, layer) if layer in settings.layers else ():
+            if SITE_OF[linear] == site:
+                name = f"h.{layer}.{linear}"
+                target = retarget(originals[name].weight, pair, settings.damping)
+                module.weight.copy_(refit_row_blocks(target, pair.second, masks[f"{name}.weight"], settings.damping))

@@ -11,12 +11,12 @@ from torch import Tensor
 from model.gpt import GPT
 from model.masks import UNSTRUCTURED, Mask, Masks, SparsityRow, sparsity_report
 from model.pruning.allocation import Ranking, evenly, lowest_blocks, outlier_share, owl, uniform
-from model.pruning.blocks import prune_blocks, squared_gradients
+from model.pruning.blocks import BlockSettings, prune_blocks
 from model.pruning.matrices import layer_matrices, matrices
 from model.pruning.patterns import BLOCK, block_mask, block_sizes, parse_pattern, prune_matrix, prune_n_of_m, prune_rows
 from model.pruning.scores import block_sums, fisher_squares, magnitude, ria, wanda
 from model.pruning.sparsegpt import sparsegpt
-from model.pruning.statistics import Gradients, LayerStatistics, Site, collect
+from model.pruning.statistics import Gradients, LayerStatistics, Site, collect, gradients
 
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt")
 ALLOCATIONS = ("uniform", "owl", "unbalanced")
@@ -49,6 +49,10 @@ class SparseSettings:
             raise ValueError(f"pattern {self.pattern} has a sparsity of 0.5, not {self.sparsity}: leave --sparsity out")
         if n_of_m is not None and self.allocation != "uniform":
             raise ValueError(f"pattern {self.pattern} takes the same share everywhere: leave --allocation out")
+        if self.pattern == BLOCK and self.method == "sparsegpt" and self.allocation == "owl":
+            raise ValueError(
+                "blocks by method sparsegpt are ranked by their loss: give --allocation unbalanced or uniform"
+            )
 
     @property
     def cap(self) -> float:
@@ -83,12 +87,29 @@ def prune_sparse(
     Raises ValueError for settings that do not fit the model, or when something that they need is not given.
     """
     old = {name: mask.dense() for name, mask in (masks or {}).items()}
-    if settings.pattern == BLOCK and settings.method == "sparsegpt":
-        new = prune_blocks(model, source, found, settings, old)
-    else:
-        new = _one_by_one(model, source, found, settings, old)
+    prune = _second_order_blocks if settings.pattern == BLOCK and settings.method == "sparsegpt" else _one_by_one
+    new = prune(model, source, found, settings, old)
     result = {**(masks or {}), **new}
     return result, sparsity_report(model, result)
+
+
+def _second_order_blocks(
+    model: GPT, source: Source, found: Gradients | Tensor | None, settings: SparseSettings, old: dict[str, Tensor]
+) -> Masks:
+    if source is None:
+        raise ValueError(f"method {settings.method} needs calibration text")
+    windows = source if isinstance(source, Tensor) else None
+    if isinstance(source, Tensor):
+        source = [statistics for _, statistics in collect(model, source, frozen=True)].__getitem__
+    block = BlockSettings(
+        settings.block_size,
+        settings.sparsity,
+        settings.layers(model.config.n_layer),
+        settings.cap,
+        settings.damping,
+        together=settings.allocation == "unbalanced",
+    )
+    return prune_blocks(model, source, _squared_gradients(model, found), block, old, windows)
 
 
 def _one_by_one(
@@ -176,7 +197,7 @@ def _removed(
     if settings.allocation == "owl":
         return _by_outliers(model, source, settings, sizes)
     ranking = Ranking(settings.cap)
-    output = squared_gradients(model, found)
+    output = _squared_gradients(model, found)
     for layer, statistics in _statistics(model, source, settings, frozen=True):
         assert statistics is not None
         for linear, module in layer_matrices(model, layer) if layer in layers else ():
@@ -200,3 +221,10 @@ def _by_outliers(model: GPT, source: Source, settings: SparseSettings, sizes: di
     for layer_names, lost in zip(names, owl(together, outliers, settings.sparsity)):
         removed |= dict(zip(layer_names, evenly([sizes[name] for name in layer_names], lost)))
     return removed
+
+
+def _squared_gradients(model: GPT, found: Gradients | Tensor | None) -> dict[str, Tensor]:
+    """The mean squared gradient at each matrix's outputs, (out,) by its name."""
+    if found is None:
+        raise ValueError("unbalanced allocation and second-order blocks need gradients on calibration text")
+    return (gradients(model, found) if isinstance(found, Tensor) else found).output

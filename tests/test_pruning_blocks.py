@@ -1,0 +1,114 @@
+"""Second-order blocks: their costs, that they go in rounds, and that each step brings the dense outputs nearer."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from model.masks import Mask, check_masks
+from model.pruning.blocks import BlockSettings, kept_costs, prune_blocks
+from model.pruning.matrices import matrices
+from model.pruning.refit import refit_row_blocks
+from model.pruning.sparse import SparseSettings, prune_sparse
+from model.pruning.statistics import collect, gradients
+from tests.model_helpers import GPT2, QWEN3, UNBALANCED, batch, build
+
+UNEVEN = dataclasses.replace(QWEN3, **UNBALANCED)
+CONFIGS = pytest.mark.parametrize("config", [GPT2, UNEVEN], ids=["gpt2", "uneven qwen3"])
+
+
+def calibrated(config):
+    model = build(config).requires_grad_(False)
+    windows = batch(config, B=24, T=32)[0]
+    return model, windows, dict(collect(model, windows, frozen=True)).__getitem__, gradients(model, windows).output
+
+
+def test_a_kept_block_costs_what_the_fit_without_it_loses():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(90, 18, generator=g, dtype=torch.float64) @ torch.randn(18, 18, generator=g, dtype=torch.float64)
+    second, weight = x.t() @ x / 90, torch.randn(8, 18, generator=g, dtype=torch.float64)
+    bits = torch.tensor([[True, False, True, True, True], [False, False, True, False, True]])  # the last: 2 columns
+    mask = Mask((8, 18), (4, 4), bits)
+    whole = second + 0.01 * second.diagonal().mean() * torch.eye(18, dtype=torch.float64)
+
+    def loss(kept):
+        d = refit_row_blocks(weight, second, kept) - weight
+        return ((d @ whole) * d).sum(dim=1)
+
+    costs = kept_costs(refit_row_blocks(weight, second, mask), second, mask, 0.01)
+    for i, j in bits.nonzero().tolist():
+        without = bits.clone()
+        without[i, j] = False
+        rise = loss(Mask((8, 18), (4, 4), without)) - loss(mask)
+        torch.testing.assert_close(costs[4 * i : 4 * i + 4, j], rise[4 * i : 4 * i + 4])
+    assert not costs[:4, 1].any() and not costs[4:, [0, 1, 3]].any()
+
+
+@CONFIGS
+@pytest.mark.parametrize("size", [4, 12])
+@pytest.mark.parametrize("together", [True, False])
+def test_the_share_of_zeros_is_exact_to_a_block(config, size, together):
+    model, _, statistics, output = calibrated(config)
+    settings = BlockSettings(size, 0.5, range(3), together=together)
+    masks = prune_blocks(model, statistics, output, settings, {})
+    assert set(masks) == {f"{name}.weight" for name in matrices(model, range(3))}
+    assert {mask.block for mask in masks.values()} == {(size, size)}
+    check_masks(model, masks)
+    total, kept = (
+        sum(f(mask) for mask in masks.values()) for f in (lambda m: m.shape[0] * m.shape[1], lambda m: m.kept)
+    )
+    slack = size**2 * (1 if together else len(masks))
+    assert 0.5 * total <= kept < 0.5 * total + slack
+    for mask in masks.values():
+        assert mask.sparsity <= (0.9 if together else 0.5)
+
+
+@CONFIGS
+def test_each_step_brings_the_logits_nearer(config):
+    """001's way, then the steps one after another. Random networks have no easy half: only the order is tested."""
+    model, windows, statistics, output = calibrated(config)
+    logits = model(windows)[..., :97]
+    errors = []
+    wanda = SparseSettings(method="wanda", pattern="block", block_size=4)
+    for step in ("wanda", "uniform", "together", "windows"):
+        pruned = copy.deepcopy(model)
+        if step == "wanda":
+            prune_sparse(pruned, statistics, None, wanda)
+        else:
+            settings = BlockSettings(4, 0.5, range(3), together=step != "uniform")
+            prune_blocks(pruned, statistics, output, settings, {}, windows if step == "windows" else None)
+        errors.append(float((pruned(windows)[..., :97] - logits).square().mean()))
+    assert errors[0] > errors[1] > errors[3] and errors[0] > errors[2] > errors[3], errors
+
+
+def test_of_two_blocks_that_can_stand_in_for_each_other_one_stays():
+    """Inputs 0-3 and 4-7 of the MLP are equal, so each costs nothing alone; the others are worth little more."""
+    model, _, statistics, output = calibrated(dataclasses.replace(GPT2, mlp_dim=16))
+    own = statistics(1)
+    output["h.1.mlp.down_proj"].fill_(1.0)
+    rest = 0.05 * torch.eye(16)
+    rest[:8, :8] = torch.eye(4).repeat(2, 2)
+    own.mlp_out.second.copy_(rest)
+    model.h[1].mlp.down_proj.weight.fill_(1.0)
+    model.h[1].mlp.down_proj.weight[:, :4] = 0.5  # the cheaper of the two, so that it goes first in every row
+    settings = BlockSettings(4, 0.5, range(1, 2), together=False, reorder=False)
+    masks = prune_blocks(model, statistics, output, settings, {})
+    bits = masks["h.1.mlp.down_proj.weight"].bits
+    assert not bits[:, 0].any() and bits[:, 1].all()
+    taken_over = model.h[1].mlp.down_proj.weight[:, 4:8]
+    torch.testing.assert_close(taken_over, torch.full((32, 4), 1.5), atol=0.02, rtol=0)
+
+
+def test_windows_alone_are_enough_and_layers_out_of_range_only_change_places():
+    model, windows, _, _ = calibrated(GPT2)
+    logits = model(windows)[..., :97]
+    settings = SparseSettings(method="sparsegpt", pattern="block", block_size=4, allocation="unbalanced", layer_end=1)
+    before = copy.deepcopy(model.state_dict())
+    masks, rows = prune_sparse(model, windows, windows, settings)
+    assert {row.weight.split(".")[1] for row in rows} == {"0"} and {row.pattern for row in rows} == {"4x4"}
+    check_masks(model, masks)
+    for name, weight in model.state_dict().items():
+        if ".1." in name:
+            assert torch.equal(weight.flatten().sort().values, before[name].flatten().sort().values)
+    assert float((model(windows)[..., :97] - logits).square().mean()) < float(logits.square().mean())
