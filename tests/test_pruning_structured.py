@@ -47,7 +47,7 @@ def inputs(tokens=300, d=12, seed=0):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_obs_scores_are_the_weighted_errors_after_removal_and_an_exact_refit(bias):
-    """For each unit: take it away, fit the rest by lstsq on explicit inputs, and weigh each output's error by g."""
+    """The first units to go, by lstsq on explicit inputs without them, each output's error weighted by g."""
     config = dataclasses.replace(
         LLAMA, n_embd=6, head_dim=2, n_head=6, n_kv_head=3, mlp_dim=12, o_bias=bias, mlp_bias=bias
     )
@@ -69,8 +69,10 @@ def test_obs_scores_are_the_weighted_errors_after_removal_and_an_exact_refit(bia
     block = model.h[1]
     groups = [error(block.attn.o_proj, range(4 * i, 4 * i + 4), grads.output["h.1.attn.o_proj"]) for i in range(3)]
     channels = [error(block.mlp.down_proj, [c], grads.output["h.1.mlp.down_proj"]) for c in range(12)]
-    torch.testing.assert_close(found.groups, torch.tensor(groups, dtype=torch.float64), rtol=1e-6, atol=0)
-    torch.testing.assert_close(found.channels, torch.tensor(channels, dtype=torch.float64), rtol=1e-6, atol=0)
+    for costs, alone in ((found.groups, groups), (found.channels, channels)):
+        assert float(costs.min()) == pytest.approx(min(alone), rel=1e-6) and costs.argmin() == alone.index(min(alone))
+    both = error(block.mlp.down_proj, found.channels.argsort()[:2].tolist(), grads.output["h.1.mlp.down_proj"])
+    assert float(found.channels.sort().values[:2].sum()) == pytest.approx(both, rel=1e-6)
 
 
 def test_taylor_and_fisher_scores_are_sums_of_the_gates_of_a_units_columns():

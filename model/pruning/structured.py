@@ -19,7 +19,8 @@ from torch import Tensor
 from model.config import GPTConfig
 from model.gpt import GPT, Block
 from model.linear import Linear
-from model.pruning.refit import cholesky, damped, refit_columns, refit_with_bias
+from model.pruning.obs import removal_costs
+from model.pruning.refit import refit_columns, refit_with_bias
 from model.pruning.statistics import Gradients, LayerStatistics, Site
 from model.pruning.units import Kept, UnitCosts, all_units, keep_units, query_rows, unit_parameters
 
@@ -31,10 +32,10 @@ ALLOCATIONS = ("unbalanced", "uniform")
 class StructuredSettings:
     """What goes; ValueError if out of range. `ratio` is the share of the cost of the unit kinds in the layer range.
 
-    obs: the rise of the loss when a unit goes and the others of its matrix are fitted again (Optimal Brain Surgeon with
-    the outputs weighted by their Fisher information). fisher: the second-order rise, without a re-fit. taylor: the
-    first-order change (LLM-Pruner). activation: Wanda's norms, as shares of their sub-layer times the layer's
-    influence.
+    obs: the rise of the loss when a unit goes, after those worth less, and the others of its matrix are fitted again:
+    Optimal Brain Surgeon with the outputs weighted by their Fisher information. fisher: the second-order rise, without
+    a re-fit. taylor: the first-order change (LLM-Pruner). activation: Wanda's norms, as shares of their sub-layer times
+    the layer's influence.
     """
 
     ratio: float = 0.25
@@ -170,28 +171,11 @@ def _site_scores(read: _Reader, gradients: Gradients | None, influence: float, s
     assert gradients is not None
     if settings.importance == "obs":
         fisher = gradients.output[read.name + (".o_proj" if read.name.endswith("attn") else ".down_proj")]
-        return _obs_scores(read.linear, read.site, fisher, read.width, settings.damping).double().cpu()
+        moment = _moment(read.linear, read.site)
+        return removal_costs(read.linear.weight, moment, fisher, read.width, damping=settings.damping)
     gate = gradients.gate[f"{read.name}_out"]  # (windows, in)
     gate = gate.double().unflatten(1, (-1, read.width)).sum(dim=2).cpu()  # (windows, units)
     return gate.sum(dim=0).abs() if settings.importance == "taylor" else gate.square().sum(dim=0)
-
-
-def _obs_scores(linear: Linear, site: Site, fisher: Tensor, unit: int, damping: float) -> Tensor:
-    """sum_r g_r w_rU (P_UU)^-1 w_rU^T for each unit U of `unit` consecutive columns, P the inverse second moment.
-
-    fisher (out,) is g. With a bias, which takes up the units' mean, P is of the covariance.
-    """
-    inverse = torch.cholesky_inverse(cholesky(damped(_moment(linear, site), damping)))
-    weight = linear.weight.to(inverse.dtype)  # (out, in)
-    if unit == 1:
-        return (fisher @ weight.square()) / inverse.diagonal()
-    scores = []
-    for first in range(0, weight.size(1), unit):
-        own = weight[:, first : first + unit]  # (out, unit)
-        corner = inverse[first : first + unit, first : first + unit]
-        solved = torch.cholesky_solve((own * fisher.unsqueeze(1)).t() @ own, cholesky(corner))
-        scores.append(solved.trace())
-    return torch.stack(scores)
 
 
 def _moment(linear: Linear, site: Site) -> Tensor:
