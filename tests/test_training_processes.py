@@ -18,6 +18,7 @@ import torch
 
 from formats.checkpoint import load_checkpoint, save_checkpoint
 from tests.full_checkpoints import same
+from tests.masked_models import save_pruned, zeros
 from tests.runs import log, losses, records, spied_batches, status, steps_on_disk, tune, weights
 from tests.tiny import BYTES, record_set, text_set
 from tests.tiny_checkpoints import tiny_model
@@ -35,6 +36,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, model in {"model": tiny_model(block_size=128, scale=1.0), "teacher": tiny_model(1, 128)}.items():
         payload = {"model": model.state_dict(), "config": model.config.to_dict(), "tokenizer": BYTES.spec()}
         save_checkpoint(folder / f"{name}.pt", payload)
+    save_pruned(folder / "pruned.pt", block_size=128)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*command, str(ROOT / "tests" / "two_processes.py"), str(folder)],
@@ -92,6 +94,21 @@ def test_two_processes_equal_one_where_a_part_trains(
     unchanged = [key for key, tensor in load_checkpoint(launched / "model.pt")["model"].items()
                  if key in one and torch.equal(tensor, one[key])]  # fmt: skip
     assert not unchanged, "every layer has joined by the end"
+
+
+def test_two_processes_keep_the_masks_as_one_does(launched: Path, tmp_path: Path) -> None:
+    tune(launched / "records", tmp_path, launched / "pruned.pt", **{**STEP, "optimizer": "muon"})
+    folder = launched / "masked"
+    assert losses(folder) == pytest.approx(losses(tmp_path), rel=1e-4) and len(set(losses(folder))) == 6
+    base, one, two = (
+        load_checkpoint(path)
+        for path in (launched / "pruned.pt", tmp_path / "model_00005.pt", folder / "model_00005.pt")
+    )
+    assert same(base["masks"], one["masks"]) and same(base["masks"], two["masks"])
+    pruned = [zeros(payload["model"], base["masks"]) for payload in (base, one, two)]
+    assert same(pruned[0], pruned[1]) and same(pruned[0], pruned[2])
+    for name, tensor in one["model"].items():
+        torch.testing.assert_close(two["model"][name], tensor, rtol=1e-2, atol=1e-3)
 
 
 def test_two_processes_equal_one_under_a_teacher(launched: Path, tmp_path: Path) -> None:

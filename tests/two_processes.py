@@ -51,6 +51,11 @@ def lora(folder: Path) -> dict[str, Any]:
     return tune(folder / "records", folder / "lora", folder / "model.pt", **{**STEP, **LORA})
 
 
+def masked(folder: Path) -> dict[str, Any]:
+    """A pruned model under Muon, whose every step refills what is pruned."""
+    return tune(folder / "records", folder / "masked", folder / "pruned.pt", **{**STEP, "optimizer": "muon"})
+
+
 def progressive(folder: Path) -> dict[str, Any]:
     """Half of the layers join in the middle of the run: from then on their gradients must travel too."""
     return tune(folder / "records", folder / "progressive", folder / "model.pt", **{**STEP, **PROGRESSIVE})
@@ -129,7 +134,7 @@ if __name__ == "__main__":
     where = Path(sys.argv[1])
     # One process group serves all runs: the store of torchrun does not take a second one.
     with mock.patch("training.launch.close_distributed", lambda here: None):
-        for case in (plain, lora, progressive, distill, dropout, nan, skip, full_disk):
+        for case in (plain, lora, masked, progressive, distill, dropout, nan, skip, full_disk):
             seen = observed(case, where)
             (where / f"{case.__name__}-{RANK}.json").write_text(json.dumps(seen))
     torch.distributed.destroy_process_group()
