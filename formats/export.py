@@ -133,6 +133,8 @@ def merge_adapter(settings: MergeSettings, say: Say) -> None:
 def _finish(payload: dict[str, Any], report: dict[str, Any], out: Path, say: Say) -> None:
     """Notes, and the comparison: of the weights by the writer, of the logits here, with the file opened anew."""
     _say_notes(report, say)
+    if payload.get("masks"):
+        say("Note: the zeros are in the file, the pruning masks are not: what trains it elsewhere may fill them")
     say(
         f"Compared {len(payload['model'])} tensors with {out} read back: "
         f"largest difference {report['largest_difference']:g}"
