@@ -36,7 +36,6 @@ class CausalSelfAttention(nn.Module):
         self.k_proj = Linear(config.n_embd, key_dim, bias=config.qkv_bias)
         self.v_proj = Linear(config.n_embd, key_dim, bias=config.qkv_bias)
         self.o_proj = Linear(query_dim, config.n_embd, bias=config.o_bias)
-        self.qkv_proj: nn.Module | None = None  # in place of q, k and v, see pack.py
         self.heads = [sizes.n_head, sizes.n_kv_head, sizes.n_kv_head]
         # One gain for all heads of a layer, as in Qwen3.
         self.q_norm = nn.RMSNorm(sizes.head_dim, eps=config.norm_eps) if config.qk_norm else None
@@ -45,12 +44,9 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, shared: AttentionInputs) -> Tensor:
         """x (B, T, C) -> (B, T, C); with a cache, x holds the T newest positions only."""
         B, T, _ = x.shape
-        if self.qkv_proj is not None:
-            q, k, v = self.qkv_proj(x).view(B, T, -1, self.head_dim).split(self.heads, dim=2)
-        else:
-            q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, n_head, head_dim)
-            k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, n_kv_head, head_dim)
-            v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, n_head, head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, n_kv_head, head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = norm_heads(q, self.q_norm), norm_heads(k, self.k_norm)
         if shared.rope is not None:

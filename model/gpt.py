@@ -36,13 +36,9 @@ class MLP(nn.Module):
         self.gate_proj = Linear(config.n_embd, mlp_dim, bias=config.mlp_bias) if config.mlp == "swiglu" else None
         self.up_proj = Linear(config.n_embd, mlp_dim, bias=config.mlp_bias)
         self.down_proj = Linear(mlp_dim, config.n_embd, bias=config.mlp_bias)
-        self.gate_up_proj: nn.Module | None = None  # in place of gate and up, see pack.py
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
-        if self.gate_up_proj is not None:
-            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-            return self._activate_and_project(up, gate)
         up = self.up_proj(x)
         gate = None if self.gate_proj is None else self.gate_proj(x)  # (B, T, mlp_dim), as up
         if torch.is_grad_enabled() and up.requires_grad and not torch.compiler.is_compiling():

@@ -14,6 +14,13 @@ class Linear(nn.Linear):
         """x (..., in_features) -> (..., out_features)."""
         return linear(x, self.weight, self.bias)
 
+    def few_rows(self, x: Tensor) -> Tensor:
+        """x (R, in_features) -> (R, out_features) in a decoding step, see `is_decoding_step`."""
+        if self.weight.dtype != torch.float32:
+            return self.forward(x)
+        y = _few_rows(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) @ weight (out, in).T + bias. A decoding step's few rows on a CPU go `_few_rows`'s way."""
@@ -44,7 +51,7 @@ def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
     """
     R = x.size(0)
     if R == 1:
-        return torch.mm(weight, torch.cat((x, x)).t()).select(1, 0)
+        return torch.mm(weight, torch.cat((x, x)).t()).select(1, 0).unsqueeze(0)
     if 8 <= R < 16:
         fours = F.pad(x, (0, 0, 0, -R % 4)).split(4)
         return torch.cat([torch.mm(weight, four.t()) for four in fours], dim=1)[:, :R].t().contiguous()

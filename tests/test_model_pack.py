@@ -6,9 +6,11 @@ import dataclasses
 import pytest
 import torch
 
+from model.adapters import AdapterSettings, apply_adapters
 from model.generate import generate
+from model.gpt import Block
 from model.lora import LoraSettings, apply_lora
-from model.pack import for_generation
+from model.pack import PackedBlock, for_generation
 from model.quantize import quantized_bytes
 from tests.model_helpers import FAMILIES, GPT2, LLAMA, UNBALANCED, batch, build
 
@@ -36,11 +38,24 @@ def test_int8_is_near_and_small_and_reads_its_codes_as_it_dequantises_them(confi
     idx, _ = batch(config, B=2, T=12)
     exact, near = model(idx)[..., : config.vocab_size], int8(idx)[..., : config.vocab_size]
     assert (near - exact).abs().mean() < 0.05 * exact.std()
+    assert all(type(block) is PackedBlock for block in int8.h)
     few = torch.cat([int8(row.unsqueeze(0)) for row in idx])  # 12 rows: the codes as they lie
     many = int8(idx.repeat(4, 1))[:2]  # 96 rows: dequantised
     assert (few - many)[..., : config.vocab_size].abs().max() < 0.05 * exact.std()
     held, dense = quantized_bytes(int8)
     assert held < 0.3 * dense
+
+
+@pytest.mark.parametrize("placement", ["block", "houlsby"])
+@torch.inference_mode()
+def test_adapters_are_not_lost(placement):
+    model = apply_adapters(build(LLAMA), AdapterSettings(dim=4, placement=placement)).eval()
+    for name, parameter in model.named_parameters():
+        if "adapter.up" in name:
+            torch.nn.init.normal_(parameter)
+    idx, _ = batch(LLAMA, T=8)
+    before = model(idx)
+    torch.testing.assert_close(for_generation(model)(idx), before, atol=1e-5, rtol=1e-5)
 
 
 def test_what_something_was_added_to_stays_as_it_is():
@@ -49,9 +64,9 @@ def test_what_something_was_added_to_stays_as_it_is():
     with torch.inference_mode():
         before = model(idx)
         packed = for_generation(model)
-        assert packed.h[0].attn.qkv_proj is None and packed.h[0].mlp.gate_up_proj is not None
+        assert type(packed.h[0]) is Block
         torch.testing.assert_close(packed(idx), before, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="merge it first"):
         for_generation(apply_lora(build(GPT2), LoraSettings(targets=("q_proj",))), "int8")
-    with pytest.raises(ValueError, match="choose one of float32, int8"):
+    with pytest.raises(ValueError, match="choose one of float32, int8, sparse"):
         for_generation(build(GPT2), "int4")
