@@ -14,6 +14,7 @@ python export.py merge logs_finetune/one/best.pt one.pt
 python finetune_dolly.py --pretrained_checkpoint one.pt --max_lr 5e-6 --log_dir logs_finetune/two
 """
 
+from training.heap import begin_with_tuned_heap
 from training.run_settings import FinetuneSettings
 from training.settings import run_script
 
@@ -25,4 +26,5 @@ def main(settings: FinetuneSettings) -> None:
 
 
 if __name__ == "__main__":
+    begin_with_tuned_heap()
     run_script(main, FinetuneSettings, "Fine-tune a pretrained GPT on instruction data.")

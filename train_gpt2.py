@@ -7,6 +7,7 @@
 An interrupted run goes on with the same command and --auto_resume.
 """
 
+from training.heap import begin_with_tuned_heap
 from training.run_settings import TrainSettings
 from training.settings import run_script
 
@@ -18,4 +19,5 @@ def main(settings: TrainSettings) -> None:
 
 
 if __name__ == "__main__":
+    begin_with_tuned_heap()
     run_script(main, TrainSettings, "Train a GPT from scratch on a folder of token shards.")

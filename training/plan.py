@@ -19,7 +19,7 @@ head_dim, M = mlp_dim, V = rows of the head; f = 4 in float32, 2 under autocast:
                  holds for a moment (3 N M, SwiGLU 5 N M); the gradient of the stream (2 N C), and of the head where
                  another micro-batch's is there already
 
-    allocator    on a CPU under glibc, whose freed memory is kept for speed (see training/runtime.py): 0.65 of what all
+    allocator    on a CPU under glibc, whose freed memory is kept for speed (see training/heap.py): 0.3 of what all
                  blocks keep without gradient checkpointing, in holes that are not used again
 
 The peak is weights, optimizer and allocator and the larger of two moments: the end of forward (activations, logits,
@@ -46,18 +46,17 @@ from model.gpt import GPT, Block
 from model.lora import LoraLayer
 from model.loss import chunk_rows
 from model.tuning import METHODS, apply_method, trainable_report
+from training.heap import heap_is_tuned, keeps_freed_memory
 from training.network import chosen_method
 from training.run_settings import FinetuneSettings, RunSettings
-from training.runtime import keeps_freed_memory
 from training.settings import is_explicit
 from training.step_plan import check_settings
 
-# Of what the blocks keep, on glibc 2.36, whose posix_memalign does not take a hole for an array of the very size that
-# was freed there. How many holes stay open depends on the order of sizes: 0.3 to 1.2 in 16 runs of 8 kinds on two
-# networks, so that the total was within 8% in 12 of them, and from 22% above to 24% below in the others (LoRA and QLoRA
-# on SwiGLU, LoRA on all layers). With ESPALIER_MALLOC=default MALLOC_MMAP_THRESHOLD_=65536 there are none, and the
-# total is within 10% in all 16.
-_HOLES = 0.65
+# Of what the blocks keep: holes of the heap, in 20 runs of 10 kinds on two networks 0.17 to 0.55, so that the total was
+# within 7% in 18 of them, and 8 and 13% low for LoRA on all layers. Where the heap was not tuned when the process began
+# they were 0.2 to 1.3, and the total was up to 24% off. With ESPALIER_MALLOC=default MALLOC_MMAP_THRESHOLD_=65536 there
+# are none, and the total is within 11% in all, but steps take up to 1.4 times as long.
+_HOLES, _HOLES_UNTUNED = 0.3, 0.65
 _FILL = 0.9  # of the memory that is free, which a batch may take
 
 
@@ -110,10 +109,17 @@ def plan_memory(settings: RunSettings, config: GPTConfig, device: str = "cpu", w
         logits=max(pieces, kept.passing()) + 8 * kept.tokens * config.n_embd + (head if accumulates else 0),
         passing=kept.passing() + 8 * kept.tokens * config.n_embd,
         earlier_gradients=4 * trainable if accumulates else head,
-        allocator=int(_HOLES * kept.activations(False)) if device == "cpu" and keeps_freed_memory() else 0,
+        allocator=int(_holes(device) * kept.activations(False)),
         trainable=trainable,
         parameters=total,
     )
+
+
+def _holes(device: str) -> float:
+    """Of what the blocks keep, how much of the heap is lost in holes."""
+    if device != "cpu" or not keeps_freed_memory():
+        return 0.0
+    return _HOLES if heap_is_tuned() else _HOLES_UNTUNED
 
 
 class _Kept:

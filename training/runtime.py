@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
-import platform
 import resource
 import sys
 from dataclasses import dataclass
 
 import torch
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+from training.heap import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -59,24 +56,6 @@ def _choose_dtype(device: torch.device, dtype: str) -> tuple[torch.dtype, str]:
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "the GPU has it, and it needs no loss scaling"
     return torch.float16, "the GPU lacks bfloat16; the loss is scaled"
-
-
-def keep_freed_memory() -> bool:
-    """Have glibc keep large freed buffers for the next step in place of returning them to the kernel.
-
-    The step of a 124M GPT frees and asks again for buffers of up to 150 MB; as fresh pages they are zeroed by the
-    kernel each time. Returns whether it was done (Linux with glibc, unless ESPALIER_MALLOC=default).
-    """
-    if not keeps_freed_memory():
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    # 1 GiB is the largest that both accept on 64 bits; larger blocks still go to mmap.
-    return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
-
-
-def keeps_freed_memory() -> bool:
-    """Whether `keep_freed_memory` does anything here."""
-    return platform.libc_ver()[0] == "glibc" and os.environ.get("ESPALIER_MALLOC") != "default"
 
 
 def peak_memory_mb(device: torch.device) -> float:
