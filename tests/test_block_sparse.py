@@ -56,7 +56,7 @@ def test_a_layer_holds_its_kept_blocks_and_no_more():
     mask = random_mask((64, 64), (16, 16))
     layer = BlockLinear(torch.randn(64, 64) * mask.dense(), None, mask)
     held = sum(tensor.numel() * tensor.element_size() for tensor in layer.buffers())
-    assert held == mask.kept * 4 * (1 + 2 / 16) + 4 * 4 and not list(layer.parameters())
+    assert held == mask.kept * (4 + 4 / 16 + 4 / 256) + 4 * 4 + 16 and not list(layer.parameters())
     with pytest.raises(ValueError, match="apply the masks first"):
         BlockLinear(torch.randn(64, 64), None, mask)
 
