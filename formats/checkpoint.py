@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -206,7 +206,7 @@ def load_checkpoint(path: str | Path, *, require_digest: bool = False) -> dict[s
     return payload
 
 
-def payload_masks(payload: dict[str, Any], path: str | Path) -> Masks:
+def payload_masks(payload: Mapping[str, Any], path: str | Path) -> Masks:
     """The pruning masks of a loaded model by name of weight, none where it is dense. ValueError for what is no mask."""
     entry = payload.get("masks", {})
     if not isinstance(entry, dict):
