@@ -7,7 +7,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,8 @@ import torch
 
 from evaluation.checkpoints import finite_or_none
 from evaluation.perplexity import perplexity
-from model.gpt import GPT, Block
-from model.pruning.units import UnitCosts
+from model.gpt import GPT
 from pruning.text import Text
-from training.runtime import synchronize
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,36 +70,6 @@ def kept_by_layer(before: Sequence[dict[str, int]], after: Sequence[dict[str, in
 
 
 # -- speed and memory ------------------------------------------------------------------------------------------------
-
-
-def unit_seconds(model: GPT, runs: int = 30) -> UnitCosts:
-    """The time that one kv group and one MLP channel take of a decoding step on this machine: medians of `runs`.
-
-    That of the matrices, measured whole and divided by their units, in the first layer that has them.
-    ValueError for a model without a layer that has both.
-    """
-    for i, block in enumerate(model.h):
-        assert isinstance(block, Block)
-        if block.attn is not None and block.mlp is not None:
-            per_layer = model.config.layer(i)
-            group, channel = (_median_seconds(part, runs) for part in (block.attn, block.mlp))
-            return UnitCosts(group / per_layer.n_kv_head, channel / per_layer.mlp_dim)
-    raise ValueError("--budget latency: no layer has both attention and an MLP to measure")
-
-
-@torch.no_grad()
-def _median_seconds(part: torch.nn.Module, runs: int) -> float:
-    linears = [module for module in part.modules() if isinstance(module, torch.nn.Linear)]
-    inputs = [torch.randn(1, linear.in_features, device=linear.weight.device) for linear in linears]
-    times = []
-    for _ in range(runs + 5):
-        synchronize(inputs[0].device)
-        began = time.perf_counter()
-        for linear, x in zip(linears, inputs):
-            linear(x)
-        synchronize(inputs[0].device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[5:])  # the first pay for caches
 
 
 class Probe:

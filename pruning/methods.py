@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 from model.gpt import GPT
 from model.masks import Mask, Masks, sparsity_line, sparsity_report
+from model.pruning.latency import unit_seconds
 from model.pruning.layers import layers_worth
 from model.pruning.matrices import matrices
 from model.pruning.sparse import SparseSettings, prune_sparse
 from model.pruning.structured import StructuredSettings, prune_structured
 from model.pruning.units import UnitCosts, drop_layers, unit_flops, unit_parameters
 from pruning.cache import StatisticsCache
-from pruning.measure import unit_seconds
 from pruning.settings import SPARSE, PruneSettings, allocation, check_layers
 
 Say = Callable[[str], None]
@@ -49,7 +49,16 @@ def needs_text(settings: PruneSettings) -> bool:
 
 def _structured(model: GPT, settings: PruneSettings, cache: StatisticsCache | None) -> Outcome:
     assert cache is not None
-    wanted = StructuredSettings(
+    wanted = structured_settings(settings)
+    gradients = None if settings.importance == "activation" else cache.gradients(settings.gradient_samples)
+    smaller, report = prune_structured(model, cache.layer, gradients, wanted, _costs(model, settings))
+    note = f"{report.removed_parameters:,} parameters removed, {report.achieved:.1%} of the units in range"
+    return Outcome(smaller, list(range(model.config.n_layer)), [note, *report.notes])
+
+
+def structured_settings(settings: PruneSettings) -> StructuredSettings:
+    """What model/pruning takes of them. ValueError for what does not go together."""
+    return StructuredSettings(
         ratio=settings.pruning_ratio,
         prune_mlp=settings.prune_mlp,
         importance=settings.importance,
@@ -62,10 +71,6 @@ def _structured(model: GPT, settings: PruneSettings, cache: StatisticsCache | No
         channel_multiple=settings.channel_multiple,
         refit=settings.refit,
     )
-    gradients = None if settings.importance == "activation" else cache.gradients(settings.gradient_samples)
-    smaller, report = prune_structured(model, cache.layer, gradients, wanted, _costs(model, settings))
-    note = f"{report.removed_parameters:,} parameters removed, {report.achieved:.1%} of the units in range"
-    return Outcome(smaller, list(range(model.config.n_layer)), [note, *report.notes])
 
 
 def _costs(model: GPT, settings: PruneSettings) -> UnitCosts:
@@ -97,8 +102,9 @@ def units_in_range(model: GPT, settings: PruneSettings, with_mlp: bool) -> float
     return total
 
 
-def _sparse(model: GPT, settings: PruneSettings, cache: StatisticsCache | None) -> Outcome:
-    wanted = SparseSettings(
+def sparse_settings(settings: PruneSettings) -> SparseSettings:
+    """What model/pruning takes of them. ValueError for what does not go together."""
+    return SparseSettings(
         method=settings.method,
         sparsity=settings.sparsity,
         pattern=settings.pattern,
@@ -107,6 +113,10 @@ def _sparse(model: GPT, settings: PruneSettings, cache: StatisticsCache | None) 
         layer_start=settings.layer_start,
         layer_end=settings.layer_end,
     )
+
+
+def _sparse(model: GPT, settings: PruneSettings, cache: StatisticsCache | None) -> Outcome:
+    wanted = sparse_settings(settings)
     source: Any = None
     found = None
     if cache is not None:
@@ -132,8 +142,13 @@ def zeros_as_masks(model: GPT) -> Masks:
     return found
 
 
-def check_sparse_base(model: GPT, settings: PruneSettings, name: str) -> None:
-    """ValueError where the model's zeros leave nothing to do, or would not survive the method."""
+def check_model(model: GPT, settings: PruneSettings, name: str) -> None:
+    """ValueError where the settings do not fit the model, or its zeros leave nothing to do or would not survive."""
+    check_layers(settings, model.config.n_layer)
+    if settings.method == "structured":
+        structured_settings(settings)
+    elif settings.method in SPARSE:
+        sparse_settings(settings)
     if not model.masks:
         return
     if settings.method not in SPARSE:

@@ -18,7 +18,7 @@ from pruning.cache import StatisticsCache
 from pruning.measure import kept_by_layer, layer_numbers, measure_perplexity, show, sizes
 from pruning.methods import (
     Outcome,
-    check_sparse_base,
+    check_model,
     drop_cheapest,
     needs_text,
     prune_model,
@@ -49,6 +49,7 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
     """
     check(settings)
     check_exists(settings.base_model)
+    _refuse_what_is_there(settings)
     if settings.compares:
         comparison.check_report_path(settings.report_path)
     console, folder = Console(True), RunFolder(settings.folder)
@@ -62,6 +63,14 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
     finally:
         console.close()
         folder.close()
+
+
+def _refuse_what_is_there(settings: PruneSettings) -> None:
+    """ValueError, before any work, where something is in the way that prune.py did not write."""
+    for path, entry in ((settings.pruned_path, "pruning"), (settings.recovered_path, "recovery")):
+        wanted = settings.finetune if entry == "recovery" else settings.method != "none"
+        if wanted and path.exists() and not (path.is_file() and load_checkpoint(path).get(entry)):
+            raise ValueError(f"{path}: is there already: choose another --out or --save_ckpt_log_name")
 
 
 def _in_rounds(settings: PruneSettings, say: Callable[[str], None]) -> dict[str, Any]:
@@ -84,7 +93,9 @@ def _in_rounds(settings: PruneSettings, say: Callable[[str], None]) -> dict[str,
     result["perplexity"]["before"] = first["perplexity"]["before"]
     rows = result["pruning"]["layers"]
     now = [{part: row[part][0] for part in ("attention", "mlp")} for row in rows]
-    return {**result, "base": settings.base_model, "layers": kept_by_layer(first["base_layers"], now)}
+    pruning = {**result["pruning"], "rival": None}  # a rival of the last round alone
+    layers = kept_by_layer(first["base_layers"], now)
+    return {**result, "base": settings.base_model, "layers": layers, "pruning": pruning}
 
 
 def round_shares(settings: PruneSettings, number: int) -> tuple[float, float]:
@@ -115,8 +126,9 @@ class _Run:
         model = self._open_base()
         self._eval = self._evaluation_text(model)
         done = self._made_before()
+        start = settings.pruned_path
         if settings.method == "none":
-            self._start_without_pruning(model)
+            start = self._start_without_pruning(model)
         elif done is None:
             done = self._prune_and_save(model)
         else:
@@ -133,7 +145,6 @@ class _Run:
             "perplexity": self.perplexity, "protocol": self._protocol,
         }  # fmt: skip
         if settings.finetune:
-            start = result["pruned"] or Path(settings.base_model)
             recovered = recovery.recover(settings, start, self._tokenizer, self._measured, self.say)
             result["finished"] = recovered is not None
             if recovered is not None:
@@ -154,10 +165,12 @@ class _Run:
         self._tokenizer: Tokenizer = payload_tokenizer(payload, name)
         self._about = {"tokenizer": self._tokenizer.spec(), "template": payload.get("template")}
         template_from_spec(payload.get("template"))  # a damaged one is told now
-        model.masks = model.masks or zeros_as_masks(model)
+        self._masked_here = {} if model.masks else zeros_as_masks(model)
+        if self._masked_here:
+            self.say(f"{name}: zeros in {len(self._masked_here)} matrices, which no masks explain: taken as pruned")
+            model.masks = self._masked_here
         if settings.method != "none":
-            check_layers(settings, model.config.n_layer)
-            check_sparse_base(model, settings, name)
+            check_model(model, settings, name)
         self._base_layers = layer_numbers(model)
         self._digest = weights_digest(model.state_dict())
         for note in payload.get("notes", ()):
@@ -174,11 +187,12 @@ class _Run:
 
     def _evaluation_text(self, model: GPT) -> Callable[[GPT], dict[str, Any]]:
         settings = self.settings
-        text, length = read_text(settings.eval_text, self._tokenizer, VAL), self._length(model, "eval_seq_len")
+        length = self._length(model, "eval_seq_len")
+        text = read_text(settings.eval_text, self._tokenizer, VAL)
         self.say(f"Perplexity is measured on {text.name}" + ("; --eval_text names another" * (not settings.eval_text)))
         if settings.eval_text is not None and settings.eval_text in (settings.calibration, settings.finetune_data):
             self.say("Note: the same text is read to prune or recover: this perplexity flatters")
-        return lambda model: measure_perplexity(model, text, settings.eval_samples, length)
+        return lambda measured: measure_perplexity(measured, text, settings.eval_samples, length)
 
     def _measured(self, model: GPT) -> float | None:
         """The perplexity of a model, whose protocol is remembered."""
@@ -235,10 +249,7 @@ class _Run:
             "perplexity": self.perplexity, "notes": outcome.notes, "layers": self._layers(outcome), "rival": rival,
             "versions": versions(),
         }  # fmt: skip
-        weights = {"model": outcome.model.state_dict(), "config": outcome.model.config.to_dict()}
-        size = save_checkpoint(
-            settings.pruned_path, {**weights, **masks_entry(outcome.model.masks), **self._about, "pruning": entry}
-        )
+        size = save_checkpoint(settings.pruned_path, self._payload(outcome.model, pruning=entry))
         self.say(f"Saved {settings.pruned_path} ({size / 1e6:.1f} MB)")
         return entry
 
@@ -278,7 +289,17 @@ class _Run:
         found = {"perplexity": self._measured(rival.model), **sizes(rival.model)}
         return {"note": rival.notes[0], **found}
 
-    def _start_without_pruning(self, model: GPT) -> None:
+    def _start_without_pruning(self, model: GPT) -> Path:
+        """What recovery starts from: the base, or where its zeros have no masks a copy of it with masks."""
         before = self._measured(model)
         self._say_perplexity("before recovery", before)
         self.perplexity = {"before": None, "after": before, "protocol": self._protocol}
+        if not self._masked_here:
+            return Path(self.settings.base_model)
+        path = self.settings.folder / "masked.pt"
+        save_checkpoint(path, self._payload(model))
+        return path
+
+    def _payload(self, model: GPT, **more: Any) -> dict[str, Any]:
+        weights = {"model": model.state_dict(), "config": model.config.to_dict()}
+        return {**weights, **masks_entry(model.masks), **self._about, **more}

@@ -84,7 +84,8 @@ def bars(layers: list[dict[str, Any]]) -> list[str]:
 
 def chart(layers: list[dict[str, Any]]) -> dict[str, Any]:
     """The same as the rectangles of an SVG: two columns a layer, up from a base line, on a scale from 0 to 100%."""
-    step, column, height, left, top = 22, 9, 150, 40, 8
+    step = min(60, max(22, 660 // len(layers)))  # few layers fill the width of the text, many do not crowd
+    column, height, left, top = (step - 4) // 2, 150, 40, 8
     shapes = []
     for place, layer in enumerate(layers):
         for side, part in enumerate(PARTS):
