@@ -77,6 +77,7 @@ def prune_sparse(
     found: Gradients | Tensor | None,
     settings: SparseSettings,
     masks: Masks | None = None,
+    windows: Tensor | None = None,
 ) -> tuple[Masks, list[SparsityRow]]:
     """Makes the model's matrices sparse in place; returns all masks, and a row on each.
 
@@ -84,22 +85,28 @@ def prune_sparse(
     windows (N, T) int64, from which each layer's are collected once those before it are pruned, as Wanda and SparseGPT
     do; or None for magnitude. found: gradients of this model, or the windows to make them from; allocation "unbalanced"
     and the second-order block method ask for them. masks: those of a model that is sparse already; its zeros stay.
+    windows: text for that method's last re-fit, where `source` is cached statistics.
     Raises ValueError for settings that do not fit the model, or when something that they need is not given.
     """
     old = {name: mask.dense() for name, mask in (masks or {}).items()}
     prune = _second_order_blocks if settings.pattern == BLOCK and settings.method == "sparsegpt" else _one_by_one
-    new = prune(model, source, found, settings, old)
+    new = prune(model, source, found, settings, old, windows)
     result = {**(masks or {}), **new}
     return result, sparsity_report(model, result)
 
 
 def _second_order_blocks(
-    model: GPT, source: Source, found: Gradients | Tensor | None, settings: SparseSettings, old: dict[str, Tensor]
+    model: GPT,
+    source: Source,
+    found: Gradients | Tensor | None,
+    settings: SparseSettings,
+    old: dict[str, Tensor],
+    windows: Tensor | None,
 ) -> Masks:
     if source is None:
         raise ValueError(f"method {settings.method} needs calibration text")
-    windows = source if isinstance(source, Tensor) else None
     if isinstance(source, Tensor):
+        windows = source
         source = [statistics for _, statistics in collect(model, source, frozen=True)].__getitem__
     block = BlockSettings(
         settings.block_size,
@@ -113,7 +120,12 @@ def _second_order_blocks(
 
 
 def _one_by_one(
-    model: GPT, source: Source, found: Gradients | Tensor | None, settings: SparseSettings, old: dict[str, Tensor]
+    model: GPT,
+    source: Source,
+    found: Gradients | Tensor | None,
+    settings: SparseSettings,
+    old: dict[str, Tensor],
+    windows: Tensor | None,
 ) -> Masks:
     """Prunes layer by layer, each matrix by its own scores."""
     layers = settings.layers(model.config.n_layer)
