@@ -20,6 +20,7 @@ class AttentionInputs:
 
     rope: tuple[Tensor, Tensor] | None = None  # cosine and sine tables
     mask: Tensor | None = None  # bool (B, 1, T, S), True = may attend; None = plain causal order
+    lengths: list[int] | None = None  # of the sequences in a single row, each of which sees itself alone
     cache: KeyValues | None = None
 
 
@@ -54,7 +55,11 @@ class CausalSelfAttention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
         if shared.cache is not None:
             k, v = shared.cache.append(self.layer, k, v)  # (B, n_kv_head, S, head_dim)
-        y = attend(q, k, v, shared.mask, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        if shared.lengths is None:
+            y = attend(q, k, v, shared.mask, dropout)
+        else:
+            y = attend_each(q, k, v, shared.lengths, dropout)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -82,6 +87,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
         is_causal=mask is None and T > 1,
         enable_gqa=k.size(1) != q.size(1),
     )
+
+
+def attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], dropout: float) -> Tensor:
+    """As `attend`, of sequences of these lengths one after the other in a single row (1, heads, sum of them, head_dim).
+
+    A mask would have each query compared with the keys of all: in a row of 512 tokens with records of 200, 2.6 times
+    as many.
+    """
+    parts = zip(q.split(lengths, dim=2), k.split(lengths, dim=2), v.split(lengths, dim=2))
+    return torch.cat([attend(*part, None, dropout) for part in parts], dim=2)
 
 
 def _takes_groups(q: Tensor, mask: Tensor | None) -> bool:

@@ -18,6 +18,7 @@ from model.config import GPTConfig
 from model.linear import Linear, linear
 from model.loss import linear_cross_entropy_each, linear_cross_entropy_sum
 from model.masks import Masks
+from model.ragged import Ragged, needed
 from model.rope import rope_frequencies, rope_tables
 
 
@@ -155,15 +156,12 @@ class GPT(nn.Module):
         logits_for: "all", "last", or one index per row (B,); the latter two return (B, 1, padded_vocab_size).
         criterion: makes what is returned of the stream after the last norm (B, T, C) and the head's matrix (V, C).
         """
+        if targets is not None:
+            assert cache is None and (reduction == "none" or temperature == 1.0), (reduction, temperature)
+            return self._supervised(idx, targets, positions, doc_ids, reduction, temperature)
         hidden, head = self.hidden(idx, positions=positions, doc_ids=doc_ids, cache=cache)
         if criterion is not None:
             return criterion(hidden, head)
-        if targets is not None and reduction == "none":
-            scaled = (hidden if temperature == 1.0 else hidden / temperature).flatten(0, 1)
-            return _losses(scaled, head, targets.flatten(), self.config.vocab_size).view_as(targets)
-        if targets is not None:
-            assert reduction == "sum" and temperature == 1.0, (reduction, temperature)
-            return _loss(hidden.flatten(0, 1), head, targets.flatten(), self.config.vocab_size)
         if isinstance(logits_for, Tensor):
             hidden = hidden[torch.arange(len(idx), device=idx.device), logits_for].unsqueeze(1)
         elif logits_for == "last":
@@ -174,6 +172,40 @@ class GPT(nn.Module):
         logits[..., self.config.vocab_size :] = float("-inf")
         return logits
 
+    def _supervised(
+        self,
+        idx: Tensor,
+        targets: Tensor,
+        positions: Tensor | None,
+        doc_ids: Tensor | None,
+        reduction: str,
+        temperature: float,
+    ) -> Tensor:
+        ragged = self._ragged(targets, doc_ids)
+        wanted, lengths = targets, None
+        if ragged is not None:
+            if positions is None:
+                positions = torch.arange(idx.size(1), device=idx.device)
+            positions = ragged.take(positions.expand_as(idx))
+            idx, wanted, doc_ids, lengths = ragged.take(idx), ragged.take(targets), None, ragged.lengths
+        hidden, head = self.hidden(idx, positions=positions, doc_ids=doc_ids, lengths=lengths)
+        rows, wanted = hidden.flatten(0, 1), wanted.flatten()
+        if reduction == "sum":
+            return _loss(rows, head, wanted, self.config.vocab_size)
+        losses = _losses(rows if temperature == 1.0 else rows / temperature, head, wanted, self.config.vocab_size)
+        return losses.view_as(targets) if ragged is None else ragged.put_back(losses, targets.shape)
+
+    def _ragged(self, targets: Tensor, doc_ids: Tensor | None) -> Ragged | None:
+        """Which positions the loss needs. All of them but on a CPU: a GPU and compiled code want one shape.
+
+        A trained prompt has its own mask over the batch. A row that is too long is left to be refused.
+        """
+        if targets.size(1) > self.context_length:
+            return None
+        if targets.device.type != "cpu" or torch.compiler.is_compiling() or self.prompt is not None:
+            return None
+        return needed(targets, doc_ids)
+
     def hidden(
         self,
         idx: Tensor,
@@ -181,9 +213,13 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         doc_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        lengths: list[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The stream after the last norm (B, T, C), and the head's matrix to apply to it. Arguments as in `forward`."""
-        length, limit = idx.size(1), self.context_length
+        """The stream after the last norm (B, T, C), and the head's matrix to apply to it. Arguments as in `forward`.
+
+        lengths: idx (1, T) is that many sequences, one after the other, with their positions; none sees another.
+        """
+        length, limit = idx.size(1) if lengths is None else max(lengths), self.context_length
         if length > limit:
             raise ValueError(f"{length} tokens do not fit the model's context of {limit}: shorten them")
         mask = None if doc_ids is None else document_mask(doc_ids)
@@ -195,7 +231,7 @@ class GPT(nn.Module):
         if self.prompt is not None:
             positions, mask, store = self.prompt(self, idx, positions, mask, cache)
         x, head = self._embed(idx, positions)
-        shared = AttentionInputs(self._rope_tables(idx, positions), mask, store)
+        shared = AttentionInputs(self._rope_tables(idx, positions), mask, lengths, store)
         for block in self.h:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, shared, use_reentrant=False)
