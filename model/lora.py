@@ -126,11 +126,7 @@ class LoraLayer(nn.Module):
 
     def delta(self) -> Tensor:
         """What is added to the base's weight before DoRA's lengths: fp32 (out, in), zero where the mask is."""
-        delta = self.lora_B @ self.lora_A
-        if self.lora_A_start is not None and self.lora_B_start is not None:
-            delta = delta - self.lora_B_start @ self.lora_A_start
-        delta = self.scale * delta
-        return delta if self.mask is None else delta * self.mask
+        return _delta(self.lora_A, self.lora_B, self.lora_A_start, self.lora_B_start, self.mask, self.scale)
 
     def _ratio(self) -> Tensor:
         """DoRA's factor of each output row, fp32 (out,): its length over that of the row it scales.
@@ -154,8 +150,11 @@ class LoraLayer(nn.Module):
             low = _DroppedLinear.apply(x, self.lora_A.to(x.dtype), self.dropout)  # (..., rank)
             return F.linear(self.scale * low, self.lora_B.to(x.dtype))
         x = F.dropout(x, self.dropout, self.training)
-        if self.mask is not None:
+        if self.mask is not None and torch.compiler.is_compiling():
             return F.linear(x, self.delta().to(x.dtype))
+        if self.mask is not None:
+            pairs = self.lora_A, self.lora_B, self.lora_A_start, self.lora_B_start
+            return _MaskedLinear.apply(x, *pairs, self.mask, self.scale)
         update = self._thin(x, self.lora_A, self.lora_B)
         if self.lora_A_start is not None and self.lora_B_start is not None:
             # Apart, not as one pair of rank 2r: at the start the difference is then exactly 0.
@@ -228,6 +227,40 @@ class _DroppedLinear(torch.autograd.Function):
         grad_A = grad.flatten(0, -2).t() @ dropped.flatten(0, -2)
         grad_x = (grad @ A.to(grad.dtype)).mul_(mask).to(x.dtype) if ctx.needs_input_grad[0] else None
         return grad_x, grad_A.to(A.dtype), None
+
+
+def _delta(
+    A: Tensor, B: Tensor, A_start: Tensor | None, B_start: Tensor | None, mask: Tensor | None, scale: float
+) -> Tensor:
+    delta = B @ A
+    if A_start is not None and B_start is not None:
+        delta = delta - B_start @ A_start
+    delta = scale * delta
+    return delta if mask is None else delta * mask
+
+
+class _MaskedLinear(torch.autograd.Function):
+    """x @ delta.T for a delta under a mask, which is made again in backward from its thin factors.
+
+    Under a mask the two thin matmuls are no longer one update, so it is (out, in). Autograd left alone would keep it:
+    as many bytes as the base's weights, for every layer until its backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, *rest: Any) -> Tensor:
+        ctx.save_for_backward(x, A, B)
+        ctx.rest = rest  # PiSSA's start, mask and scale, which have no gradient
+        return F.linear(x, _delta(A, B, *rest).to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B = ctx.saved_tensors
+        *_, mask, scale = ctx.rest
+        grad_x = grad @ _delta(A, B, *ctx.rest).to(grad.dtype) if ctx.needs_input_grad[0] else None
+        full = grad.flatten(0, -2).t() @ x.flatten(0, -2).to(grad.dtype)  # (out, in)
+        full = scale * full.to(A.dtype) * mask
+        return None if grad_x is None else grad_x.to(x.dtype), B.t() @ full, full @ A.t(), None, None, None, None
 
 
 class LoraLinear(LoraLayer, Linear):

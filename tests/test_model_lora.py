@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -246,6 +247,32 @@ def test_dropout_has_autograds_gradients_and_keeps_less():
     thin = sum(4 * t.numel() for layer in layers for t in (layer.lora_A, layer.lora_B, layer.weight))
     thin += 2 * 2 * 4 * 200 * 8  # scaled and unscaled (N, rank) of both
     assert kept <= (4 + 1 + 1) * x.numel() + thin
+
+
+@VARIANTS
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_masked_update_has_autograds_gradients_and_keeps_none_of_it(changes, dtype):
+    torch.manual_seed(0)
+    base, mask = torch.nn.Linear(64, 48).requires_grad_(False), torch.rand(48, 64) < 0.5
+    base.weight *= mask
+    layer = LoraLinear(base, LoraSettings(rank=4, dropout=0.0, **changes), mask)
+    if layer.lora_A_start is not None:
+        layer.start_pissa()
+    torch.nn.init.normal_(layer.lora_A), torch.nn.init.normal_(layer.lora_B)
+    x, weights = torch.randn(2, 50, 64, requires_grad=True), torch.randn(2, 50, 48)
+    found = []
+    for plainly in (False, True):
+        layer.zero_grad(), setattr(x, "grad", None)
+        with (
+            torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None),
+            mock.patch("torch.compiler.is_compiling", lambda now=plainly: now),
+        ):
+            kept, out = kept_for_backward(lambda: layer(x))
+        (out.float() * weights).sum().backward()
+        found.append([kept, out.detach(), x.grad.clone(), *(p.grad for p in layer.parameters() if p.requires_grad)])
+    assert dtype is not None or found[0][0] <= found[1][0] - 4 * base.weight.numel()
+    for ours, expected in zip(found[0][1:], found[1][1:]):
+        assert relative(ours, expected) < (1e-5 if dtype is None else 2e-2)
 
 
 @pytest.mark.parametrize("start", ["default", "pissa"])
