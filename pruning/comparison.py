@@ -1,8 +1,9 @@
 """The model before and after, measured side by side: one dict that terminal, JSON file and page show alike.
 
 {"format": 1, "kind": "pruning", "title": str, "notes": [str], "protocol": str, "settings": {...},
- "models": [{"label", "path", "parameters", "nonzero", "file_bytes", "peak_memory_mb", "tokens_per_s",
-             "perplexity"}],                       dense, pruned, recovered; what was not measured is None
+ "models": [{"label", "path", "parameters", "nonzero", "file_bytes", "compact_bytes",
+             "peak_memory_mb", "tokens_per_s", "weights", "perplexity"}],
+                                     dense, pruned, recovered; what was not measured is None
  "rival": {"note", "perplexity", "parameters", ...} or None,
  "layers": [{"layer", "attention": [kept, of], "mlp": [kept, of]}] or None,
  "answers": what evaluation.compare.compare gives}
@@ -20,7 +21,9 @@ from typing import Any
 from evaluation.compare import Sampling
 from evaluation.compare import compare as compare_answers
 from evaluation.prompts import prompt_record, read_prompts
+from formats.checkpoint import payload_bytes
 from formats.open_model import build_model, load_payload
+from pruning.files import model_payload
 from pruning.measure import sizes, speed_and_memory
 from pruning.settings import PruneSettings
 from report.files import write_json
@@ -91,7 +94,9 @@ def _sizes(ref: str) -> dict[str, Any]:
     model = build_model(load_payload(ref), ref)
     found = sizes(model)
     bytes_ = found.pop("tensor_bytes")
-    return {**found, "file_bytes": bytes_, "tokens_per_s": None, "peak_memory_mb": None}
+    compact = payload_bytes(model_payload(model, compact=True)) if model.masks else None
+    unknown = {"tokens_per_s": None, "peak_memory_mb": None, "weights": None}
+    return {**found, "file_bytes": bytes_, "compact_bytes": compact, **unknown}
 
 
 def _title(settings: PruneSettings) -> str:
@@ -111,7 +116,16 @@ def _notes(models: list[dict[str, Any]], rival: dict[str, Any] | None) -> list[s
     if dense["tokens_per_s"] and pruned["tokens_per_s"] and len(models) > 1:
         ratio = pruned["tokens_per_s"] / dense["tokens_per_s"]
         word = "faster" if ratio > _NOT_FASTER else "NOT faster"
-        notes.append(f"Generation is {word} than the dense model's: {ratio:.2f} times its tokens/s (medians, in turns)")
+        how = "; its zeros are left out, as sample.py --weights sparse does" if pruned["weights"] == "sparse" else ""
+        notes.append(
+            f"Generation is {word} than the dense model's: {ratio:.2f} times its tokens/s (medians, in turns{how})"
+        )
+    if pruned["compact_bytes"] is not None:
+        ratio = pruned["compact_bytes"] / dense["file_bytes"]
+        notes.append(
+            f"Without its zeros it takes {pruned['compact_bytes'] / 1e6:,.1f} MB, {ratio:.2f} of the dense weights "
+            "(--compact, or export.py compact)"
+        )
     own = models[1]["perplexity"] if len(models) > 1 else None
     if rival is not None and rival["perplexity"] and own:
         word = "better" if own < rival["perplexity"] else "WORSE"

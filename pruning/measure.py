@@ -108,10 +108,10 @@ class Probe:
 
 
 def speed_and_memory(refs: Sequence[str], runs: int, device: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """{"tokens_per_s", "runs", "peak_memory_mb"} of each model: medians of `runs` generations, the models taking turns.
+    """{"tokens_per_s", "runs", "peak_memory_mb", "weights"} of each model, medians of `runs` generations.
 
-    In turns, since a machine is faster one minute than the next; in processes of their own, so that each has its memory
-    to itself. Raises ValueError where one cannot be opened.
+    They take turns, since a machine is faster one minute than the next, in processes of their own, so that each has its
+    memory to itself. Raises ValueError where one cannot be opened.
     """
     say(f"Speed: {runs} generations of each of {len(refs)} models in turn")
     probes: list[Probe] = []
@@ -125,10 +125,8 @@ def speed_and_memory(refs: Sequence[str], runs: int, device: str, say: Callable[
             for own, probe in zip(found, probes):
                 answer = probe.ask("run")
                 own.append(answer["tokens"] / answer["seconds"])
-        peaks = [probe.ask("end")["peak_memory_mb"] for probe in probes]
+        ends = [probe.ask("end") for probe in probes]
     finally:
         for probe in probes:
             probe.close()
-    return [
-        {"tokens_per_s": statistics.median(own), "runs": own, "peak_memory_mb": peak} for own, peak in zip(found, peaks)
-    ]
+    return [{"tokens_per_s": statistics.median(own), "runs": own, **end} for own, end in zip(found, ends)]

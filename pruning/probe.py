@@ -1,6 +1,6 @@
 """The other side of `pruning.measure.Probe`: python -m pruning.probe MODEL DEVICE, then a command a line.
 
-run: {"tokens", "seconds"} of one generation. end: {"peak_memory_mb"}, and the process ends.
+run: {"tokens", "seconds"} of one generation. end: {"peak_memory_mb", "weights"}, and the process ends.
 """
 
 from __future__ import annotations
@@ -14,11 +14,22 @@ import torch
 
 from formats.open_model import OpenModel, open_model
 from model.generate import generate
+from model.gpt import GPT
 from model.pack import for_generation
 from training.distributed import choose_device
 from training.runtime import peak_memory_mb, synchronize
 
 PROMPT, NEW = 32, 64  # tokens, where the model's context has room for them
+
+
+def quickest(model: GPT) -> str:
+    """Makes the model ready for generation, without its zeros where they pay; returns how, as `sample.py --weights`."""
+    try:
+        for_generation(model, "sparse")
+    except ValueError:  # a dense model, or zeros that nothing is gained from
+        for_generation(model)
+        return "float32"
+    return "sparse"
 
 
 def generation(opened: OpenModel) -> dict[str, Any]:
@@ -37,10 +48,11 @@ def generation(opened: OpenModel) -> dict[str, Any]:
 def main(ref: str, device: str) -> None:
     """Open the model, answer commands until `end`."""
     opened = open_model(ref, choose_device(device))
-    for_generation(opened.model)
+    weights = quickest(opened.model)
     for line in sys.stdin:
         if line.strip() == "end":
-            print(json.dumps({"peak_memory_mb": peak_memory_mb(opened.model.wte.weight.device)}), flush=True)
+            peak = peak_memory_mb(opened.model.wte.weight.device)
+            print(json.dumps({"peak_memory_mb": peak, "weights": weights}), flush=True)
             return
         print(json.dumps(generation(opened)), flush=True)
 

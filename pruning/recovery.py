@@ -12,11 +12,12 @@ from data.manifest import MANIFEST, resolve_data_dir
 from data.sources import source_format
 from data.tokenizer import Tokenizer
 from formats.adapter import is_adapter, weights_digest
-from formats.checkpoint import load_checkpoint, masks_entry, save_checkpoint
+from formats.checkpoint import load_checkpoint, save_checkpoint
 from formats.open_model import build_model, load_payload, read_config
 from model.gpt import GPT
 from model.masks import check_masks
-from model.tuning import base_state, merge
+from model.tuning import merge
+from pruning.files import model_payload
 from pruning.settings import PruneSettings, finetune_lr
 from pruning.text import EMBEDDED, source_of
 from report.files import write_json
@@ -75,8 +76,7 @@ def recover(
     perplexity = measured(model)
     about = {key: payload.get(key) for key in ("tokenizer", "template", "step", "val_loss")}
     about |= {"pruning": pruned.get("pruning"), "recovery": {"made": made, "perplexity": perplexity}}
-    weights = {"model": base_state(model), "config": model.config.to_dict(), **masks_entry(model.masks)}
-    size = save_checkpoint(settings.recovered_path, {**weights, **about})
+    size = save_checkpoint(settings.recovered_path, model_payload(model, settings.compact, **about))
     say(f"Saved {settings.recovered_path} ({size / 1e6:.1f} MB)")
     return perplexity
 

@@ -10,11 +10,12 @@ from typing import Any
 from data.templates import template_from_spec
 from data.tokenizer import Tokenizer
 from formats.adapter import is_adapter, weights_digest
-from formats.checkpoint import load_checkpoint, masks_entry, save_checkpoint
+from formats.checkpoint import load_checkpoint, save_checkpoint
 from formats.open_model import build_model, check_exists, load_payload, payload_tokenizer
 from model.gpt import GPT
 from pruning import comparison, recovery
 from pruning.cache import StatisticsCache
+from pruning.files import model_payload
 from pruning.measure import kept_by_layer, layer_numbers, measure_perplexity, show, sizes
 from pruning.methods import (
     Outcome,
@@ -301,5 +302,4 @@ class _Run:
         return path
 
     def _payload(self, model: GPT, **more: Any) -> dict[str, Any]:
-        weights = {"model": model.state_dict(), "config": model.config.to_dict()}
-        return {**weights, **masks_entry(model.masks), **self._about, **more}
+        return model_payload(model, self.settings.compact, **self._about, **more)

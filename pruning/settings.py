@@ -79,6 +79,8 @@ class PruneSettings:
     """The pruned model. Default, with --save_model: logs/NAME/pruned.pt. A recovered one stands beside it."""
     save_model: bool = False
     """Keep the pruned model."""
+    compact: bool = False
+    """Store a sparse model without its zeros; it opens like any other."""
     test_after_prune: bool = False
     """Compare it with what it was: size, memory, speed, answers; perplexity is measured in any case."""
     report: str | None = None

@@ -15,6 +15,7 @@ import pytest
 from data.settings import InspectSettings, PrepareSettings
 from evaluation.settings import EvaluateSettings, SampleSettings
 from export import COMMANDS as EXPORTS
+from pruning.settings import PruneSettings
 from training.run_settings import FinetuneSettings, TrainSettings
 from training.settings import parse
 
@@ -27,6 +28,7 @@ SETTINGS = {
     "model/finetune_dolly.py": FinetuneSettings,
     "sample.py": SampleSettings,
     "evaluate.py": EvaluateSettings,
+    "prune.py": PruneSettings,
     "export.py": object,
 }
 # Blocks tagged so need what this machine may lack; they are parsed, the others run.

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import signal
+import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -104,6 +105,16 @@ def test_sparse_pruning_leaves_a_model_with_masks(method: str, pattern: str, cap
     assert "% of" in out and "masked weights are zero" in out
     patterns = {mask.pattern for mask in model.masks.values()}
     assert patterns == {"8x8" if pattern == "block" else pattern}
+
+
+def test_a_sparse_model_is_stored_without_its_zeros_where_asked(here: Path, capsys: Any) -> None:
+    words = ("--method", "sparsegpt", "--pattern", "block", "--block_size", 8)
+    for name, more in (("whole", ()), ("compact", ("--compact",))):
+        assert prune_command(capsys, *words, "--out", f"{name}.pt", *more)[0] == 0
+    assert (here / "compact.pt").stat().st_size < 0.8 * (here / "whole.pt").stat().st_size
+    for name, tensor in weights_of("whole.pt").items():
+        assert torch.equal(weights_of("compact.pt")[name], tensor)
+    assert load_checkpoint("compact.pt")["pruning"]["base"]["name"] == "model.pt"
 
 
 def test_whole_layers_go(capsys: Any) -> None:
@@ -313,11 +324,6 @@ def test_rounds_prune_by_and_by(here: Path, records: Path, capsys: Any) -> None:
     first, last = zeros("logs/a/round-1/pruned.pt"), zeros("a-recovered.pt")
     assert all(bool((last[name] | ~first[name]).all()) for name in first)
     assert share_of_zeros("a-recovered.pt") == pytest.approx(0.6, abs=0.01)
-    structured = ("--prune_mlp", "--pruning_ratio", 0.4, "--rounds", 2, "--out", "b.pt", "--finetune_data", "set")
-    prune_command(capsys, *structured, *RECOVER)
-    units = sum(w.numel() for name, w in weights_of("model.pt").items() if name.startswith("h.") and "_proj" in name)
-    left = sum(w.numel() for name, w in weights_of("b.pt").items() if name.startswith("h.") and "_proj" in name)
-    assert 1 - left / units == pytest.approx(0.4, abs=0.03)
 
 
 def test_shares_of_rounds_end_at_what_was_asked() -> None:
@@ -343,6 +349,29 @@ def measured_here(refs: list[str], runs: int, device: str, say: Any) -> list[dic
 
 
 # -- the comparison --------------------------------------------------------------------------------------------------
+
+
+def test_help_answers_without_torch() -> None:
+    probe = "import runpy, sys; sys.argv = ['prune.py', '--help']\n"
+    probe += "try: runpy.run_path('prune.py', run_name='__main__')\n"
+    probe += "except SystemExit as stop: print(stop.code, 'torch' in sys.modules, 'numpy' in sys.modules)"
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", probe], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("0 False False\n") and "--finetune_warmup_steps" in done.stdout
+
+
+def test_a_block_sparse_model_says_what_it_takes_and_how_fast_it_is(here: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr("pruning.comparison.speed_and_memory", measured_here)
+    words = ("--method", "sparsegpt", "--pattern", "block", "--out", "a.pt", "--test_after_prune", "--speed_runs", 1)
+    code, _, err = prune_command(capsys, *words)
+    assert code == 0, err
+    report = json.loads((here / "logs/a/report.json").read_text())
+    dense, pruned = report["models"]
+    assert pruned["weights"] == "sparse" and dense["weights"] == "float32"
+    assert pruned["compact_bytes"] < dense["file_bytes"] and dense["compact_bytes"] is None
+    notes = "\n".join(report["notes"])
+    assert re.search(r"Generation is (NOT )?faster than the dense model's: [\d.]+ times", notes)
+    assert "its zeros are left out" in notes and "Without its zeros it takes 0." in notes
 
 
 @pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -1,0 +1,21 @@
+"""What prune.py writes: weights-only checkpoints, with masks, and where asked without zeros."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from formats.checkpoint import masks_entry
+from formats.compact import to_compact
+from model.gpt import GPT
+from model.tuning import base_state
+
+
+def model_payload(model: GPT, compact: bool, **about: Any) -> dict[str, Any]:
+    """A model (with merged LoRA, if any) and its masks as a checkpoint's content, with the entries `about`.
+
+    `compact` leaves the zeros of a sparse model out; a dense one is stored as it is.
+    """
+    masks = {name: mask.to("cpu") for name, mask in model.masks.items()}
+    weights = {name: tensor.cpu() for name, tensor in base_state(model).items()}
+    payload = {"model": weights, "config": model.config.to_dict(), **masks_entry(masks), **about}
+    return to_compact(payload, masks) if compact and masks else payload
