@@ -1,4 +1,4 @@
-"""LoRA fine-tuning beside transformers + PEFT: the same model, records, rank, targets and rate, in turns.
+"""LoRA fine-tuning beside transformers + PEFT, and TRL: the same model, records, rank, targets and rate, in turns.
 
     python bench/lora.py --model SmolLM2-135M-Instruct.Q4_1.gguf --data alpaca.json
 
@@ -7,12 +7,15 @@ Each step takes the next 16 records. Sides:
   ours, packed   the windows that our loader packs from the same 16 records (--block_size)
   PEFT, longest  batches of 4, padded to the longest; prompts masked out of the labels
   PEFT, padded   the same, padded to --block_size, as in most tutorials
+  TRL, packed    SFTTrainer, packing bfd, bf16 and gradient checkpointing (its defaults) off; a step is one batch of 4
+                 rows of --block_size of the same records. Left out, with a line, where trl is not installed
 float32, AdamW, clipping at 1.0, no dropout. Prints real (non-pad) tokens/s, peak memory, the loss of the first batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import statistics
@@ -27,8 +30,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.side_by_side import Worker, answer_calls, interleave  # noqa: E402
+from training.heap import begin_with_tuned_heap  # noqa: E402
 
 BATCH, PER_STEP, RANK, LR = 4, 16, 8, 2e-4
+PEFT_LORA: dict[str, Any] = {
+    "r": RANK,
+    "lora_alpha": 2 * RANK,
+    "target_modules": ["q_proj", "v_proj"],
+    "task_type": "CAUSAL_LM",
+}
 Record = tuple[list[int], list[int]]  # ids, loss mask
 Step = Callable[[], dict[str, Any]]
 
@@ -157,8 +167,7 @@ def peft(arguments: argparse.Namespace, width: int | None) -> Step:
 
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(arguments.folder, dtype=torch.float32)
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(base, config).train()
+    model = get_peft_model(base, LoraConfig(**PEFT_LORA)).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
 
@@ -177,9 +186,56 @@ def peft(arguments: argparse.Namespace, width: int | None) -> Step:
     return measured(rendered(arguments), train)
 
 
+def trl(arguments: argparse.Namespace) -> Step:
+    """TRL's packed SFT: its data preparation, collator and loss, with the statistics that it takes of each batch."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    torch.manual_seed(0)
+    rows = [
+        {"input_ids": ids, "labels": [token if learnt else -100 for token, learnt in zip(ids, mask)]}
+        for ids, mask in rendered(arguments)
+    ]
+    config = SFTConfig(
+        output_dir=str(Path(arguments.folder) / "trl"),
+        packing=True,
+        packing_strategy="bfd",
+        max_length=arguments.block_size,
+        per_device_train_batch_size=BATCH,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to="none",
+    )
+    base = AutoModelForCausalLM.from_pretrained(arguments.folder, dtype=torch.float32)
+    lora = LoraConfig(**PEFT_LORA)
+    trainer = SFTTrainer(base, args=config, train_dataset=Dataset.from_list(rows), peft_config=lora)
+    model = trainer.model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
+    batches = itertools.chain.from_iterable(iter(trainer.get_train_dataloader()) for _ in itertools.count())
+
+    def step() -> dict[str, Any]:
+        batch = next(batches)
+        tokens = batch["input_ids"].numel()  # flattened into one row: none of them is padding
+        began = time.perf_counter()
+        loss = trainer.compute_loss(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return {"tokens_per_s": tokens / (time.perf_counter() - began), "loss": float(loss.detach())}
+
+    return step
+
+
 SIDES: dict[str, Callable[[argparse.Namespace], Step]] = {
     "ours": lambda arguments: ours(arguments, packed=False),
     "ours, packed": lambda arguments: ours(arguments, packed=True),
+    "TRL, packed": trl,
     "PEFT, padded": lambda arguments: peft(arguments, arguments.block_size),
     "PEFT, longest": lambda arguments: peft(arguments, None),
 }
@@ -197,11 +253,16 @@ def main() -> None:
     parser.add_argument("--worker", choices=list(SIDES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
+        if arguments.worker.startswith("ours"):
+            begin_with_tuned_heap()  # as finetune_dolly.py does
         answer_calls(lambda: SIDES[arguments.worker](arguments))
         return
     from formats.hf_write import write_huggingface
     from formats.open_model import load_payload
 
+    if "TRL, packed" in arguments.sides and importlib.util.find_spec("trl") is None:
+        print("TRL, packed: left out, trl is not installed (pip install trl)")
+        arguments.sides.remove("TRL, packed")
     with tempfile.TemporaryDirectory() as temporary:
         folder = str(Path(temporary) / "hf")
         write_huggingface(load_payload(arguments.model), folder)
