@@ -90,7 +90,7 @@ class Mask:
         if self.block != (1, 1):
             return _by(self.block)
         for n, m in PATTERNS:
-            if self.shape[1] % m == 0 and bool((self.bits.view(-1, m).sum(dim=1) == n).all()):
+            if self.shape[1] % m == 0 and bool((self.bits.reshape(-1, m).sum(dim=1) == n).all()):
                 return f"{n}:{m}"
         return UNSTRUCTURED
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.masks import Mask, apply_masks_, check_masks, mask_gradients_, sparsity_report
+from model.masks import Mask, apply_masks_, check_masks, mask_gradients_, sparsity_line, sparsity_report
 from model.quantize import quantize_blocks
 from tests.model_helpers import LLAMA, build
 
@@ -53,6 +53,12 @@ def test_pattern():
     assert Mask.of(four_of_eight).pattern == "4:8"
     assert Mask.of(two_of_four[:, 1:]).pattern == "unstructured"
     assert Mask.of(torch.ones(16, 32, dtype=torch.bool), (16, 8)).pattern == "16x8"
+
+
+def test_a_mask_of_a_transposed_matrix():
+    kept = torch.tensor([[True, False, False, True], [True, True, False, False]]).t().contiguous().t()
+    mask = Mask.of(kept)
+    assert mask.pattern == "2:4" and torch.equal(Mask.from_spec(mask.spec()).dense(), kept)
 
 
 def test_a_matrix_that_does_not_follow_its_blocks_is_refused():
@@ -107,6 +113,16 @@ def test_applying_leaves_exactly_what_is_kept():
         assert torch.equal(weight, expected), name
     (row,) = sparsity_report(model, {NAME: mask})
     assert row == (NAME, (32, 32), "12x5", pytest.approx(mask.sparsity))
+
+
+def test_the_line_of_a_report_is_over_weights():
+    model = build(LLAMA)
+    shapes = {name: tuple(w.shape) for name, w in model.named_parameters() if name.endswith("_proj.weight")}
+    none, two = torch.zeros(2, 2, dtype=torch.bool), torch.tensor([True, True, False, False]).repeat(48, 8)
+    masks = {NAME: Mask(shapes[NAME], (16, 16), none), "h.2.mlp.up_proj.weight": Mask.of(two)}
+    apply_masks_(model, masks)
+    line = sparsity_line(sparsity_report(model, masks))
+    assert line == "70.00% of 2,560 masked weights are zero (16x16 and 2:4); by layer, %: 1: 100, 2: 50"
 
 
 def test_one_weight_that_strays_is_found():
