@@ -124,8 +124,10 @@ def _sparse(model: GPT, settings: PruneSettings, cache: StatisticsCache | None) 
         # those of the layers before it as they are pruned by then, as the methods' authors do it.
         at_once = settings.method == "magnitude" or settings.pattern == "block"
         source = cache.layer if at_once else cache.windows
-        found = cache.gradients(settings.gradient_samples) if wanted.allocation == "unbalanced" else None
-    model.masks, rows = prune_sparse(model, source, found, wanted, model.masks)
+        ranked = wanted.allocation == "unbalanced" or (settings.method, settings.pattern) == ("sparsegpt", "block")
+        found = cache.gradients(settings.gradient_samples) if ranked else None
+    windows = None if cache is None else cache.windows
+    model.masks, rows = prune_sparse(model, source, found, wanted, model.masks, windows)
     return Outcome(model, list(range(model.config.n_layer)), [sparsity_line(rows)])
 
 
