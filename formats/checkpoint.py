@@ -298,3 +298,11 @@ def _read(path: Path, shown: Path) -> dict[str, Any]:
     if not isinstance(payload, dict):
         raise ValueError(f"{shown}: holds a {type(payload).__name__}, expected a checkpoint")
     return payload
+
+
+if __name__ == "__main__":
+    import sys
+
+    from formats.checkpoint_command import main
+
+    sys.exit(main(sys.argv[1:]))
