@@ -1,23 +1,24 @@
 """The comparison page: what several checkpoints answered to the same prompts, as one self-contained HTML file.
 
-The page carries its own style and script, asks the network for nothing, and lets nothing else run: its
-Content-Security-Policy admits exactly these two by their hashes, and all that a model wrote is escaped.
-The dict that it shows is made by `evaluation.compare.compare` and described there.
+Its reader filters, sorts by how the columns differ or by their loss on the reference, and votes without knowing which
+answer is whose (`report.votes` reads such votes back). The dict that it shows is made by `evaluation.compare.compare`
+and described there.
 """
 
 from __future__ import annotations
 
-import base64
 import difflib
 import hashlib
+import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from report.files import write_file
+from report.page import counted, format_bytes, format_count, format_perplexity, render_template, show_controls
 
-TEMPLATES = Path(__file__).parent / "templates"
 # difflib compares every word with every word at worst: 4 million pairs of few different words take 2 s.
 MAX_WORD_PAIRS = 4_000_000
 # A word is what stands between spaces; where a script has no spaces (kana, Han, Hangul) each sign counts as one.
@@ -32,26 +33,63 @@ def compare_page(comparison: dict[str, Any], out_path: str | Path) -> Path:
 
 def render_page(comparison: dict[str, Any]) -> str:
     """The page's HTML."""
-    return render_template("compare.html", page_values(comparison), ["compare.css"], ["compare.js"])
+    page = page_values(comparison)
+    scripts = ["compare.js", "blind.js"] if len(comparison["checkpoints"]) > 1 else ["compare.js"]
+    return render_template("compare.html", page, ["compare.css"], scripts, script_data(comparison))
 
 
-def render_template(name: str, page: dict[str, Any], styles: Sequence[str], scripts: Sequence[str] = ()) -> str:
-    """The HTML of a template with `page` in it, escaped, and with these files as its only style and script."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
+def script_data(comparison: dict[str, Any]) -> dict[str, Any]:
+    """What the page's script filters, sorts and votes by; `comparison` is a digest that tells two pages apart."""
+    labels = [show_controls(checkpoint["label"]) for checkpoint in comparison["checkpoints"]]
+    content = [labels, [[row["prompt"], *(answer["text"] for answer in row["answers"])] for row in comparison["rows"]]]
+    rows = [
+        {
+            "prompt": row["prompt"][:200],
+            "category": row["category"],
+            "differs": row_difference(row),
+            "losses": [(answer.get("reference") or {}).get("loss") for answer in row["answers"]],
+        }
+        for row in comparison["rows"]
+    ]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    return {
+        "title": comparison["title"],
+        "comparison": digest,
+        "checkpoints": labels,
+        "categories": categories(comparison),
+        "rows": rows,
+    }
 
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    style, script = ("".join((TEMPLATES / file).read_text("utf-8") for file in files) for files in (styles, scripts))
-    # Markup: these two are ours and go in as they are. Everything else passes through the escaping of the template.
-    return environment.get_template(name).render(
-        page=page, style=Markup(style), script=Markup(script), policy=_policy(style, script)
-    )
+
+def categories(comparison: dict[str, Any]) -> list[str]:
+    """The categories of the prompts, in the order of their first ones."""
+    return list(dict.fromkeys(row["category"] for row in comparison["rows"] if row["category"]))
+
+
+def row_difference(row: dict[str, Any]) -> float:
+    """How far the answers of a row are apart: the largest difference of any from the first, 0 (same words) to 1."""
+    first, *others = (answer["text"] for answer in row["answers"])
+    return round(max((difference(first, text) for text in others), default=0.0), 3)
+
+
+def difference(base: str, text: str) -> float:
+    """The share of the words of both texts that the other lacks, 0 to 1; 1 for texts too long to compare."""
+    base_words, words = re.findall(WORD, base), re.findall(WORD, text)
+    if base_words == words:
+        return 0.0
+    same = _same_words(base_words, words)
+    return 1.0 if same is None else 1.0 - 2 * sum(same) / (len(base_words) + len(words))
+
+
+def _same_words(base_words: list[str], words: list[str]) -> list[bool] | None:
+    """For each of `words` whether it stands in the same place of `base_words`; None where that would take too long."""
+    if len(base_words) * len(words) > MAX_WORD_PAIRS:
+        return None
+    same = [False] * len(words)
+    matcher = difflib.SequenceMatcher(None, base_words, words, autojunk=False)
+    for _, start, size in matcher.get_matching_blocks():
+        same[start : start + size] = [True] * size
+    return same
 
 
 def mark_differences(base: str, text: str) -> list[tuple[str, bool]]:
@@ -59,13 +97,9 @@ def mark_differences(base: str, text: str) -> list[tuple[str, bool]]:
 
     A pair of answers so long that the comparison would take over a second comes back as one unmarked piece.
     """
-    base_words, words = re.findall(WORD, base), re.findall(WORD, text)
-    if len(base_words) * len(words) > MAX_WORD_PAIRS:
+    same = _same_words(re.findall(WORD, base), re.findall(WORD, text))
+    if same is None:
         return [(text, False)]
-    same = [False] * len(words)
-    matcher = difflib.SequenceMatcher(None, base_words, words, autojunk=False)
-    for _, start, size in matcher.get_matching_blocks():
-        same[start : start + size] = [True] * size
     marked: list[tuple[str, bool]] = []
     end = 0
     for match, is_same in zip(re.finditer(WORD, text), same):
@@ -78,7 +112,7 @@ def mark_differences(base: str, text: str) -> list[tuple[str, bool]]:
 
 def answer_facts(answer: dict[str, Any]) -> list[str]:
     """What stands under an answer: length, speed, why it ended, and what the model makes of the reference."""
-    facts = [_count(answer["tokens"], "token"), _count(len(answer["text"]), "character")]
+    facts = [counted(answer["tokens"], "token"), counted(len(answer["text"]), "character")]
     facts += [f"{answer['seconds']:.2f} s", f"{answer['tokens_per_s']:.0f} tokens/s"]
     facts += [{"length": "cut at the length limit"}.get(answer["finish"], answer["finish"])]
     reference = answer.get("reference")
@@ -90,35 +124,42 @@ def answer_facts(answer: dict[str, Any]) -> list[str]:
 def checkpoint_facts(checkpoint: dict[str, Any]) -> list[tuple[str, str]]:
     """(name, value) pairs that stand at the head of a column; what is not known is left out."""
     summary = checkpoint["summary"]
+    size, length, perplexity = checkpoint.get("bytes"), summary.get("mean_tokens"), summary["reference_perplexity"]
     facts = [
         ("step", None if checkpoint["step"] is None else f"{checkpoint['step']:,}"),
         ("validation loss", None if checkpoint["val_loss"] is None else f"{checkpoint['val_loss']:.4f}"),
         ("parameters", format_count(checkpoint["parameters"])),
+        ("file", None if size is None else format_bytes(size)),
         ("tokens", f"{summary['tokens']:,}"),
+        ("tokens an answer", None if length is None else f"{length:.1f}"),
         ("tokens/s", f"{summary['tokens_per_s']:.0f}"),
-        (
-            "reference perplexity",
-            summary["reference_perplexity"] and format_perplexity(summary["reference_perplexity"]),
-        ),
+        ("reference perplexity", perplexity and format_perplexity(perplexity)),
     ]
     return [(name, value) for name, value in facts if value is not None]
 
 
-def format_count(number: int) -> str:
-    """1234567 -> `1.23 M`: a number of parameters as people say it."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return str(number)
+def category_table(comparison: dict[str, Any]) -> list[list[str]]:
+    """Rows of category, number of prompts, and each column's perplexity on the references; none for one category."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in comparison["rows"]:
+        groups.setdefault(row["category"], []).append(row)
+    scored = any(answer.get("reference") for row in comparison["rows"] for answer in row["answers"])
+    if len(groups) < 2 or not scored:
+        return []
+    columns = range(len(comparison["checkpoints"]))
+    return [
+        [show_controls(name) or "(none)", str(len(rows)), *(_category_cell(rows, column) for column in columns)]
+        for name, rows in groups.items()
+    ]
 
 
-def format_perplexity(perplexity: float | None) -> str:
-    """Three or four significant digits, never an exponent below a million; None (not finite) is said so."""
-    if perplexity is None:
-        return "not finite"
-    return (
-        f"{perplexity:.2f}" if perplexity < 100 else f"{perplexity:,.0f}" if perplexity < 1e6 else f"{perplexity:.2e}"
-    )
+def _category_cell(rows: list[dict[str, Any]], column: int) -> str:
+    references = [r for row in rows if (r := row["answers"][column].get("reference"))]
+    tokens = sum(reference["tokens"] for reference in references)
+    if not tokens:
+        return "-"
+    mean = sum(reference["loss"] * reference["tokens"] for reference in references) / tokens
+    return format_perplexity(math.exp(mean) if mean < 700 else None)
 
 
 def page_values(comparison: dict[str, Any]) -> dict[str, Any]:
@@ -132,6 +173,9 @@ def page_values(comparison: dict[str, Any]) -> dict[str, Any]:
             {"label": show_controls(c["label"]), "path": show_controls(c["path"]), "facts": checkpoint_facts(c)}
             for c in checkpoints
         ],
+        "categories": [show_controls(name) for name in categories(comparison)],
+        "by_category": category_table(comparison),
+        "scored": any(answer.get("reference") for row in comparison["rows"] for answer in row["answers"]),
         "rows": [_row(row, [c["label"] for c in checkpoints]) for row in comparison["rows"]],
     }
 
@@ -148,21 +192,10 @@ def _row(row: dict[str, Any], labels: list[str]) -> dict[str, Any]:
         }
         for label, text, answer in zip(labels, texts, row["answers"], strict=True)
     ]
-    return {**shown, "input": "" if shown["input"] == shown["prompt"] else shown["input"], "answers": answers}
-
-
-def show_controls(text: str) -> str:
-    """Control characters made visible, but for line feed and tab.
-
-    C0 controls become their Unicode pictures (U+2400 on); C1 controls, line and paragraph separators, and the signs
-    that reverse the direction of the text around them, their code points.
-    """
-
-    def visible(match: re.Match[str]) -> str:
-        code = ord(match[0])
-        return chr(0x2400 + code) if code < 0x20 else f"\\u{code:04x}"
-
-    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", visible, text.replace("\r\n", "\n"))
+    tags = [show_controls(row["category"])] if row["category"] else []
+    tags += [f"seed {row['seed']}"] if row.get("seed") is not None else []
+    read = "" if shown["input"] == shown["prompt"] else shown["input"]
+    return {**shown, "input": read, "tags": tags, "answers": answers}
 
 
 def _join(pieces: Iterable[tuple[str, bool]]) -> list[tuple[str, bool]]:
@@ -174,17 +207,3 @@ def _join(pieces: Iterable[tuple[str, bool]]) -> list[tuple[str, bool]]:
         elif text:
             joined.append((text, differs))
     return joined
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _policy(style: str, script: str) -> str:
-    """Content-Security-Policy: no network, no eval, no form, no base; our style and script by their SHA-256 only."""
-
-    def digest(text: str) -> str:
-        return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
-
-    ours = f"style-src {digest(style)}; script-src {digest(script)}"
-    return f"default-src 'none'; {ours}; base-uri 'none'; form-action 'none'"
