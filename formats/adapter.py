@@ -1,10 +1,10 @@
 """Adapter files: what a method of fine-tuning added to a base model, and which base that was.
 
 A checkpoint whose `model` holds the adapter's tensors alone (megabytes beside a base of gigabytes), with two entries
-more: `adapter` = {"method", "settings"}, and `base` = {"digest", "masks", "path", "name"}. The digest is of the base's
+more: `adapter` = {"method", "settings"}, and `base` = {"digest", "path", "name"}. The digest is of the base's
 weights, not of a file, so that the same model as a checkpoint, a Hugging Face folder or a GGUF file is the same base.
-`masks` is the digest of its pruning masks, None for a dense model: LoRA computes W + M * (s B A) over them, so that the
-same weights in a file without masks (a Hugging Face folder, say) are another base.
+Of a pruned base it holds the digest of its `masks` too: LoRA computes W + M * (s B A) over them, so that the same
+weights in a file without masks (a Hugging Face folder, say) are another base.
 """
 
 from __future__ import annotations
@@ -48,11 +48,17 @@ def masks_digest(payload: Mapping[str, Any]) -> str | None:
     return digest.hexdigest() if masks else None
 
 
-def base_entry(base: Mapping[str, Any], name: str, folder: Path) -> dict[str, str | None]:
+def base_entry(base: Mapping[str, Any], name: str, folder: Path) -> dict[str, str]:
     """The entry `base` for an adapter in `folder` of the loaded model `base`, which was opened as `name`."""
     local = Path(name).exists()
     path = os.path.relpath(name, folder) if local else name
-    return {"digest": weights_digest(base["model"]), "masks": masks_digest(base), "path": path, "name": name}
+    masks = masks_digest(base)
+    return {
+        "digest": weights_digest(base["model"]),
+        **({"masks": masks} if masks is not None else {}),
+        "path": path,
+        "name": name,
+    }
 
 
 def adapter_entry(method: str, settings: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 A checkpoint like any other, with an entry `compact` = {"dtype"} more, in which a weight under a mask is one row: its
 kept numbers, from left to right and from top to bottom. The masks (a bit a block) say where they belong. SmolLM2-135M
 with half of its blocks' weights gone: 106.2M / 2 + 28.3M (the embedding, which is not pruned) = 81.4M of 134.5M numbers
-are left, 0.605 of the bytes in fp32, and 13,000 bytes of masks in 16x16 blocks; 0.63 with a bit for each weight.
+are left, 0.605 of the bytes in fp32, with 52,000 bytes of masks in 16x16 blocks; 0.63 with a bit for each weight.
 """
 
 from __future__ import annotations

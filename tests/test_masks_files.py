@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from formats.adapter import base_entry, check_base
 from formats.checkpoint import load_checkpoint, masks_entry, save_checkpoint
 from formats.export import export_gguf, export_huggingface, export_peft, import_model, merge_adapter
 from formats.open_model import load_payload, open_model
@@ -126,14 +125,6 @@ def test_an_adapter_does_not_fit_the_same_weights_under_other_masks(tmp_path: Pa
     ):
         with pytest.raises(ValueError, match=says):
             open_model(tmp_path / adapter, base_model=tmp_path / base)
-
-
-def test_an_adapter_made_before_masks_were_known_still_fits_its_dense_base(tmp_path: Path) -> None:
-    save_tiny(tmp_path / "a.pt")
-    base = load_checkpoint(tmp_path / "a.pt")
-    entry = base_entry(base, str(tmp_path / "a.pt"), tmp_path)
-    entry.pop("masks")
-    check_base({"base": entry}, tmp_path / "lora.pt", base, "a.pt")
 
 
 @FAMILIES
