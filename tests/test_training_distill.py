@@ -20,8 +20,9 @@ from model.gpt import GPT
 from model.loss import linear_distillation_sum
 from tests.runs import BARE, changed_losses, log, losses, records, tune, weights
 from tests.tiny import record_set, text_set
-from tests.tiny_checkpoints import save_tiny, tiny_model
+from tests.tiny_checkpoints import save_tiny, tiny_config, tiny_model
 from training.objectives.distill import Distillation
+from training.plan import plan_memory
 from training.run_settings import FinetuneSettings
 
 RUN: dict[str, Any] = {"objective": "distill", "max_steps": 6, "max_lr": 1e-2, **BARE}
@@ -203,6 +204,16 @@ def test_a_resumed_run_insists_on_its_teacher(sets: Path, tmp_path: Path) -> Non
     save_checkpoint(teacher, payload)
     with pytest.raises(ValueError, match=r"--teacher .*: is another model than the run began with"):
         tune(sets / "text", tmp_path / "run", sets / "student.pt", **how, auto_resume=True)
+
+
+def test_the_plan_counts_the_teacher(sets: Path) -> None:
+    """Also beside an adapter, whose own base would be a reference for nothing."""
+    for method in ("full", "lora"):
+        plain, taught = (
+            plan_memory(FinetuneSettings(block_size=128, finetune_method=method, **how), tiny_config(128))
+            for how in ({}, {"objective": "distill", "teacher": str(sets / "teacher.pt")})
+        )
+        assert taught.weights - plain.weights == 4 * tiny_model(block_size=128).num_params()
 
 
 @pytest.mark.parametrize(
