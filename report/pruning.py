@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from report.compare import format_count, format_perplexity, page_values, render_template, show_controls
+from report.compare import page_values
 from report.files import write_file
+from report.page import format_count, format_perplexity, render_template, show_controls
 from report.terminal import render_comparison, table
 
 BAR = 20  # cells of a bar in the terminal
