@@ -2,6 +2,7 @@
 
     python sample.py --checkpoints logs_finetune/best.pt --prompt "What is a tuple?"
     python sample.py --checkpoints logs/model_00999.pt logs_finetune/best.pt --prompts prompts.txt --html compare.html
+    python sample.py --checkpoints logs_finetune --every 5 --prompts prompts.txt --seeds 3 --html run.html
     python sample.py --checkpoints HuggingFaceTB/SmolLM2-135M-Instruct --chat
     echo "What is a tuple?" | python sample.py --checkpoints logs_finetune/best.pt --prompts -
 
@@ -49,7 +50,7 @@ def chat(settings: SampleSettings) -> None:
 
 def answer(settings: SampleSettings) -> None:
     """Generate, show, write the files that were asked for."""
-    from evaluation.checkpoints import ignore
+    from evaluation.checkpoints import expand_checkpoints, ignore
     from evaluation.compare import compare, prompt_fields
     from evaluation.prompts import prompt_record, read_prompts
     from report.compare import compare_page
@@ -61,11 +62,13 @@ def answer(settings: SampleSettings) -> None:
     prompts += read_prompts(settings.prompts) if settings.prompts is not None else []
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     stream = AnswerStream([prompt_fields(record) for record in prompts], _write, width)
-    streams = len(settings.checkpoints) == 1 and settings.batch_size == 1
+    checkpoints = expand_checkpoints(settings.checkpoints, settings.every)
+    streams = len(checkpoints) == settings.batch_size == settings.seeds == 1
     comparison = compare(
-        settings.checkpoints,
+        checkpoints,
         prompts,
         _sampling(settings),
+        seeds=settings.seeds,
         prompt_template=settings.prompt_template,
         batch_size=settings.batch_size,
         device=choose_device(settings.device),

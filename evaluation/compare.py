@@ -2,14 +2,15 @@
 
     {"format": 1, "title": str, "notes": [str],
      "settings": {"max_new_tokens": 128, ..., "prompt_template": "dolly", "batch_size": 1, "device": "cpu"},
-     "checkpoints": [{"label", "path", "step", "val_loss", "parameters", "tokenizer", "template",
-                      "summary": {"tokens", "seconds", "tokens_per_s", "reference_perplexity"}}],
-     "rows": [{"prompt", "context", "reference", "category", "input",
+     "checkpoints": [{"label", "path", "step", "val_loss", "parameters", "bytes", "tokenizer", "template",
+                      "summary": {"tokens", "seconds", "tokens_per_s", "mean_tokens", "reference_perplexity"}}],
+     "rows": [{"prompt", "context", "reference", "category", "input", "seed",
                "answers": [{"text", "tokens", "prompt_tokens", "seconds", "tokens_per_s", "finish",
                             "reference": {"loss", "perplexity", "tokens"} or None}]}]}
 
 `input` is the prompt in its template, "" where it is read raw; `finish` is "end of text" or "length"; answers stand in
-the order of the checkpoints. Seconds run from the prompt to the answer's last token, in a batch beside the other rows.
+the order of the checkpoints. A prompt has a row for each seed; `seed` is None where there is only one. Seconds run from
+the prompt to the answer's last token, in a batch beside the other rows.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import codecs
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from data.chat import Template, stop_ids
 from data.prompt_template import PromptTemplate, Record
 from data.templates import get_template, render_prompt, render_record, template_from_spec
 from data.tokenizer import Tokenizer
-from evaluation.checkpoints import check_vocabulary, finite_or_none, ignore, short_labels
+from evaluation.checkpoints import check_vocabulary, finite_or_none, ignore, short_labels, size_on_disk
 from evaluation.perplexity import ArrayTokens, PerplexityResult, perplexity, safe_exp
 from formats.open_model import OpenModel, check_exists, load_payload, open_model
 from model.generate import generate
@@ -55,6 +56,7 @@ def compare(
     prompts: Sequence[Record],
     sampling: Sampling = DEFAULTS,
     *,
+    seeds: int = 1,
     prompt_template: str = "auto",
     batch_size: int = 1,
     device: str | torch.device = "cpu",
@@ -66,6 +68,7 @@ def compare(
 ) -> dict[str, Any]:
     """Lets every checkpoint answer every prompt, with the same input and seed; at most two models are in memory.
 
+    `seeds`: so many answers to each prompt, with the seeds from `sampling.seed` on; streamed only if it is 1.
     `say` gets a line of progress per checkpoint; `on_text(row, piece)` each answer piece by piece as it is written,
     `on_answer(row, answer)` when it is whole.
     Raises ValueError or OSError for a checkpoint, template or setting that cannot be used.
@@ -76,6 +79,7 @@ def compare(
         raise ValueError("no prompt: give --prompt TEXT, or --prompts FILE (- for standard input)")
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: expected at least 1")
+    _check_seeds(seeds, sampling)
     for ref in checkpoints[1:]:
         check_exists(ref)  # a mistyped name is told now, not after the first checkpoint's answers
     labels = short_labels(checkpoints)
@@ -86,24 +90,40 @@ def compare(
     heads, columns = [], []
     for number, (label, ref) in enumerate(zip(labels, checkpoints)):
         opened = _open(ref, device, base_model, weights) if number else first
-        answers: list[dict[str, Any]] = []
-        for answer in _answers(opened, prompts, template, sampling, batch_size, on_text):
-            on_answer(len(answers), answer)
-            answers.append(answer)
-        heads.append(_head(label, ref, opened, answers, batch_size))
+        runs = _column(opened, prompts, template, sampling, seeds, batch_size, on_text, on_answer)
+        heads.append(_head(label, ref, opened, runs, batch_size))
+        answers = [answer for same_prompt in zip(*runs) for answer in same_prompt]
         columns.append(answers)
         notes += _truncation_note(label, opened, answers)
         say(f"{label}: {_count(len(answers), 'answer')}, {heads[-1]['summary']['tokens_per_s']:.0f} tokens/s")
+    asked = [(record, sampling.seed + n if seeds > 1 else None) for record in prompts for n in range(seeds)]
     name = "none" if template is None else template.name
     names = " and ".join(labels) if len(labels) < 3 else f"{len(labels)} checkpoints"
     return {
         "format": 1,
         "title": f"{names}, {_count(len(prompts), 'prompt')}",
         "notes": notes,
-        "settings": {**asdict(sampling), "prompt_template": name, "batch_size": batch_size, "device": str(device)},
+        "settings": {
+            **asdict(sampling),
+            **({"seeds": seeds} if seeds > 1 else {}),
+            "prompt_template": name,
+            "batch_size": batch_size,
+            "device": str(device),
+        },
         "checkpoints": heads,
-        "rows": [_row(record, template, first.tokenizer, row) for record, row in zip(prompts, zip(*columns))],
+        "rows": [
+            {**_row(record, template, first.tokenizer, row), "seed": seed}
+            for (record, seed), row in zip(asked, zip(*columns))
+        ],
     }
+
+
+def _check_seeds(seeds: int, sampling: Sampling) -> None:
+    if seeds < 1:
+        raise ValueError(f"seeds {seeds}: expected at least 1")
+    if seeds > 1 and (sampling.temperature == 0 or sampling.top_k == 1):
+        greedy = "temperature 0" if sampling.temperature == 0 else "top_k 1"
+        raise ValueError(f"seeds {seeds} with {greedy}: each gives the same answer; leave out one of the two")
 
 
 def _open(ref: str | Path, device: str | torch.device, base_model: str | None, weights: str) -> OpenModel:
@@ -153,22 +173,50 @@ def _score(opened: OpenModel, ids: np.ndarray, mask: np.ndarray) -> PerplexityRe
     return perplexity(opened.model, ArrayTokens(ids, mask), block_size=block_size, stride=max(1, block_size // 2))
 
 
+def _column(
+    opened: OpenModel,
+    prompts: Sequence[Record],
+    template: Template | None,
+    sampling: Sampling,
+    seeds: int,
+    batch_size: int,
+    on_text: Callable[[int, str], None],
+    on_answer: Callable[[int, dict[str, Any]], None],
+) -> list[list[dict[str, Any]]]:
+    """One checkpoint's answers: a list a seed, in the order of the prompts."""
+    runs: list[list[dict[str, Any]]] = []
+    references: dict[int, dict[str, Any] | None] = {}  # no seed changes them
+    for seed in range(sampling.seed, sampling.seed + seeds):
+        runs.append([])
+        with_seed = replace(sampling, seed=seed)
+        for answer in _answers(
+            opened, prompts, template, with_seed, batch_size, references, on_text if seeds == 1 else ignore
+        ):
+            if seeds == 1:
+                on_answer(len(runs[-1]), answer)
+            runs[-1].append(answer)
+    return runs
+
+
 def _answers(
     opened: OpenModel,
     prompts: Sequence[Record],
     template: Template | None,
     sampling: Sampling,
     batch_size: int,
+    references: dict[int, dict[str, Any] | None],
     on_text: Callable[[int, str], None],
 ) -> Iterator[dict[str, Any]]:
-    """One checkpoint's answers, in the order of the prompts."""
+    """One checkpoint's answers, in the order of the prompts; `references` holds the scores that are known."""
     check_vocabulary(opened)
     ids = [render_prompt(record, template, opened.tokenizer) for record in prompts]
     generate(opened.model, ids[:1], max_new_tokens=1)  # the first call pays for allocations; not the first answer
     for start in range(0, len(ids), batch_size):
         batch = ids[start : start + batch_size]
-        for record, answer in zip(prompts[start:], _answer(opened, batch, template, sampling, start, on_text)):
-            yield {**answer, "reference": reference_loss(opened, record, template)}
+        for row, answer in enumerate(_answer(opened, batch, template, sampling, start, on_text), start):
+            if row not in references:
+                references[row] = reference_loss(opened, prompts[row], template)
+            yield {**answer, "reference": references[row]}
 
 
 def _answer(
@@ -226,19 +274,20 @@ class _Watch:
 
 
 def _head(
-    label: str, ref: str | Path, opened: OpenModel, answers: list[dict[str, Any]], batch_size: int
+    label: str, ref: str | Path, opened: OpenModel, runs: list[list[dict[str, Any]]], batch_size: int
 ) -> dict[str, Any]:
     """What stands at the head of a column. The rows of a batch run at the same time: its slowest one counts."""
-    tokens = sum(a["tokens"] for a in answers)
-    batches = [answers[start : start + batch_size] for start in range(0, len(answers), batch_size)]
+    tokens = sum(a["tokens"] for run in runs for a in run)
+    batches = [run[start : start + batch_size] for run in runs for start in range(0, len(run), batch_size)]
     seconds = sum(max(a["seconds"] for a in batch) for batch in batches)
-    references = [a["reference"] for a in answers if a["reference"]]
+    references = [a["reference"] for a in runs[0] if a["reference"]]
     scored = sum(r["tokens"] for r in references)
     mean = sum(r["loss"] * r["tokens"] for r in references) / scored if scored else None
     summary = {
         "tokens": tokens,
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
+        "mean_tokens": tokens / sum(map(len, runs)),
         "reference_perplexity": None if mean is None else finite_or_none(safe_exp(mean)),
     }
     return {
@@ -247,6 +296,7 @@ def _head(
         "step": opened.step,
         "val_loss": opened.val_loss,
         "parameters": opened.parameters,
+        "bytes": size_on_disk(opened.path),
         "tokenizer": opened.tokenizer.kind,
         "template": opened.template.name if opened.template else None,
         "summary": summary,

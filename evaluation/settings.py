@@ -11,7 +11,9 @@ class SampleSettings:
     """sample.py: let one checkpoint answer, or several side by side."""
 
     checkpoints: tuple[str, ...] = ()
-    """Models, one or several: checkpoints (.pt), Hugging Face folders, GGUF files, Hub names."""
+    """Models: checkpoints (.pt), a run's folder for all of its own, Hugging Face folders, GGUF files, Hub names."""
+    every: int = 1
+    """Only every Nth of a run's numbered checkpoints, counted back from its last."""
     prompt: tuple[str, ...] = ()
     """Prompts, each in quotes."""
     prompts: str | None = None
@@ -38,6 +40,8 @@ class SampleSettings:
     """Above 1, tokens that were read or written before become less likely; 1 = off."""
     seed: int = 1337
     """Seed of sampling. An answer depends on seed and prompt, not on the other prompts or the batch size."""
+    seeds: int = 1
+    """Answers to each prompt, each with the next seed."""
     batch_size: int = 1
     """Prompts answered at a time; with 1, answers of a single checkpoint appear as they are written."""
     json: str | None = None

@@ -3,6 +3,8 @@
 import io
 import json
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from tiny_checkpoints import save_tiny
 
 import sample as script
 from data.templates import TEMPLATES, render_prompt, render_record
-from evaluation.checkpoints import short_labels
+from evaluation.checkpoints import expand_checkpoints, short_labels
 from evaluation.compare import Sampling, compare, reference_loss
 from evaluation.prompts import prompt_record, read_prompts
 from evaluation.settings import SampleSettings
@@ -321,3 +323,79 @@ def test_a_mistyped_name_is_told_before_anything_is_generated(models, tmp_path):
             [models[0], tmp_path / "typo.pt"], prompts("a"), SHORT, say=told.append, on_text=lambda *x: told.append(x)
         )
     assert told == []
+
+
+# ---- many checkpoints, many seeds
+
+
+def test_a_folder_a_pattern_and_every_nth_name_the_checkpoints_of_a_run(tmp_path):
+    run = tmp_path / "logs"
+    run.mkdir()
+    for step in (2, 4, 100000, 6, 8):
+        (run / f"model_{step:05d}.pt").touch()
+    (run / "best.pt").touch()
+
+    def steps(*refs, every=1):
+        return [Path(ref).stem.removeprefix("model_") for ref in expand_checkpoints([str(ref) for ref in refs], every)]
+
+    everything = ["00002", "00004", "00006", "00008", "100000"]
+    assert steps(run) == steps(run / "model_*.pt") == everything
+    assert (
+        steps(*sorted(run.glob("model_*.pt"), key=lambda file: len(file.name)), every=2)
+        == steps(run, every=2)
+        == ["00002", "00006", "100000"]
+    )
+    assert steps("base.pt", run, run / "best.pt", every=4) == ["base", "00002", "100000", "best"]
+    assert steps("owner/name", "x.gguf") == ["name", "x"]
+
+
+def test_a_folder_of_a_model_is_one_model_and_a_folder_of_nothing_is_told(tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    assert expand_checkpoints([str(tmp_path / "hf")]) == [str(tmp_path / "hf")]
+    (tmp_path / "empty").mkdir()
+    for refs, every, message in (
+        (["empty"], 1, "empty: holds neither checkpoints"),
+        (["no_*.pt"], 1, "no file fits this pattern"),
+        (["hf"], 0, "--every 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            expand_checkpoints([str(tmp_path / ref) for ref in refs], every)
+
+
+def test_each_seed_gives_a_row_that_a_run_with_this_seed_alone_gives(models):
+    asked = [*prompts("One", reference="Un."), *prompts("Two longer")]
+    many = compare(models[:2], asked, SHORT, seeds=3, batch_size=2)
+    assert [(row["prompt"], row["seed"]) for row in many["rows"]] == [
+        (text, seed) for text in ("One", "Two longer") for seed in (3, 4, 5)
+    ]
+    for offset in range(3):
+        alone = compare(models[:2], asked, replace(SHORT, seed=3 + offset), batch_size=2)
+        assert [row["seed"] for row in alone["rows"]] == [None, None]
+        for column in range(2):
+            assert texts(many, column)[offset::3] == texts(alone, column)
+        assert [row["answers"][0]["reference"] for row in many["rows"]][offset::3] == [
+            row["answers"][0]["reference"] for row in alone["rows"]
+        ]
+        for head, single in zip(many["checkpoints"], alone["checkpoints"]):
+            assert head["summary"]["reference_perplexity"] == single["summary"]["reference_perplexity"]
+    head = many["checkpoints"][0]
+    assert head["summary"]["mean_tokens"] == pytest.approx(head["summary"]["tokens"] / 6)
+    assert head["bytes"] == models[0].stat().st_size
+    assert many["settings"]["seeds"] == 3 and "seeds" not in alone["settings"]
+
+
+def test_seeds_without_chance_are_refused(models, capsys):
+    ask = ("--checkpoints", models[0], "--prompt", "a", "--seeds")
+    assert "seeds 0" in fails(capsys, *ask, "0")
+    assert "seeds 2 with temperature 0" in fails(capsys, *ask, "2", "--temperature", "0")
+
+
+def test_a_run_folder_becomes_columns_of_a_page(models, tmp_path, capsys):
+    for step in (1, 2, 3):
+        save_tiny(tmp_path / "run" / f"model_{step:05d}.pt", seed=step)
+    words = ["--checkpoints", tmp_path / "run", "--every", "2", "--prompt", "One", "--seeds", "2"]
+    code, out, _ = run(capsys, *words, "--html", tmp_path / "page.html")
+    assert code == 0 and "--- model_00001" in out and "--- model_00003" in out and "model_00002" not in out
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert page.count("<article") == 2 and "seed 1337" in page and "seed 1338" in page
