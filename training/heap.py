@@ -16,8 +16,8 @@ def begin_with_tuned_heap() -> None:
 
     torch asks for blocks aligned to 64 bytes. glibc 2.36 cuts each out of one that is up to 96 bytes longer, and puts
     what it cuts off into those caches, from where other objects take it. Once freed, a buffer is then a little too
-    short for the next of its size and stays a hole: peaks were 1.1 to 1.9 times what was in use (20 kinds of runs, see
-    plan.py), with the caches off 1.1 to 1.4, at the same speed. They can be set only when a process starts.
+    short for the next of its size and stays a hole: peaks were 1.1 to 2.0 times what was in use (kinds of runs as
+    in plan.py), with the caches off 1.0 to 1.3, at the same speed. They can be set only when a process starts.
 
     Returns at once where that is done, where it would be of no use, and in a process that is not the script's own.
     """

@@ -11,15 +11,16 @@ head_dim, M = mlp_dim, V = rows of the head; f = 4 in float32, 2 under autocast:
                  output (f N C) is kept where a matrix behind it trains or has LoRA; attention keeps q, k, v, its
                  output and a log-sum a head (f N (2 H + 2 K) + 4 N heads), the MLP its up and gate (f N M each: the
                  activation is computed again). LoRA's dropout adds a mask of one byte, DoRA the output; an adapter
-                 its input; a dropout of the network 4 N C twice; a packed row a mask of 4 T for each token and layer,
-                 and attention with dropout on a CPU three times all T x T scores. A block below everything that
-                 trains keeps nothing. With gradient checkpointing a block keeps its input alone (4 N C) and, one
-                 block at a time, the rest
+                 its input; a dropout of the network 4 N C twice. Records in one row take a mask of 4 T for each token
+                 and layer, on a CPU only behind a prefix or virtual tokens: elsewhere each attends by itself, and where
+                 o_proj trains or has LoRA its input is another f N H. Attention with dropout keeps three times all
+                 T x T scores on a CPU. A block below everything that trains keeps nothing. With gradient checkpointing
+                 a block keeps its input alone (4 N C) and, one block at a time, the rest
     logits       those of one piece of the loss (see model/loss.py), or, where that is more, what one block's backward
                  holds for a moment (3 N M, SwiGLU 5 N M); the gradient of the stream (2 N C), and of the head where
                  another micro-batch's is there already
 
-    allocator    on a CPU under glibc, whose freed memory is kept for speed (see training/heap.py): 0.3 of what all
+    allocator    on a CPU under glibc, whose freed memory is kept for speed (see training/heap.py): 0.2 of what all
                  blocks keep without gradient checkpointing, in holes that are not used again
 
 The peak is weights, optimizer and allocator and the larger of two moments: the end of forward (activations, logits,
@@ -52,11 +53,11 @@ from training.run_settings import FinetuneSettings, RunSettings
 from training.settings import is_explicit
 from training.step_plan import check_settings
 
-# Of what the blocks keep: holes of the heap, in 20 runs of 10 kinds on two networks 0.17 to 0.55, so that the total was
-# within 7% in 18 of them, and 8 and 13% low for LoRA on all layers. Where the heap was not tuned when the process began
-# they were 0.2 to 1.3, and the total was up to 24% off. With ESPALIER_MALLOC=default MALLOC_MMAP_THRESHOLD_=65536 there
-# are none, and the total is within 11% in all, but steps take up to 1.4 times as long.
-_HOLES, _HOLES_UNTUNED = 0.3, 0.65
+# Of what the blocks keep without gradient checkpointing: holes of the heap, in 20 runs of 10 kinds on two networks 0.02
+# to 0.34, so that the total was within 11% in all, and within 7% in 17. Where the heap was not tuned when the process
+# began they were 0.27 to 1.44. With ESPALIER_MALLOC=default MALLOC_MMAP_THRESHOLD_=65536 there are none, but steps take
+# up to 1.4 times as long.
+_HOLES, _HOLES_UNTUNED = 0.2, 0.65
 _FILL = 0.9  # of the memory that is free, which a batch may take
 
 
@@ -166,6 +167,7 @@ class _Kept:
                 stream = True
                 kept += N * (self.size * 2 * (heads + groups) * attn.head_dim + 4 * heads)
                 kept += self._scores(heads)
+                kept += self._joined(heads * attn.head_dim, attn.o_proj)
                 kept += self._lora([attn.o_proj])
             stream = stream or _trains(attn.o_proj) or hasattr(attn, "adapter")
             kept += self._added(attn, stream)
@@ -204,10 +206,17 @@ class _Kept:
         return kept
 
     def _scores(self, heads: int) -> int:
-        """The mask of packed rows; and all scores three times where attention with dropout is not fused."""
-        mask = 4 * self.tokens * self.length if self.masked or self.model.prompt is not None else 0
-        unfused = self.settings.dropout > 0 and self.device == "cpu"
-        return 3 * 4 * self.tokens * self.length * heads if unfused else mask
+        """The mask of rows that need one; and all scores three times where attention with dropout is not fused."""
+        on_cpu = self.device == "cpu"
+        mask = self.model.prompt is not None or (self.masked and not on_cpu)
+        if self.settings.dropout > 0 and on_cpu:
+            return 3 * 4 * self.tokens * self.length * heads
+        return 4 * self.tokens * self.length if mask else 0
+
+    def _joined(self, width: int, o_proj: Any) -> int:
+        """What attention gives for each record apart, once more as one array, where o_proj keeps its input."""
+        apart = self.masked and self.device == "cpu" and self.model.prompt is None
+        return self.size * self.tokens * width if apart and _trains(o_proj) else 0
 
     def _added(self, module: nn.Module, stream: bool) -> int:
         """Behind attention, the MLP or a block: an adapter, and the network's dropout."""
