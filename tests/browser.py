@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,14 @@ FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
     *("--disable-dev-shm-usage", "--disable-extensions", "--hide-scrollbars", "--remote-debugging-pipe"),
 )
+# The browser reads commands from its descriptor 3 and writes answers to 4, each ended by a zero byte.
+START = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+os.dup2(ends[0], 3)
+os.dup2(ends[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 PATIENCE = 60.0  # seconds; a busy machine takes 10 to start it
 
 
@@ -29,11 +38,10 @@ class Browser:
     def __init__(self, profile: Path) -> None:
         self._to_child, self._write = os.pipe()
         self._read, self._from_child = os.pipe()
-        # The browser reads commands from its descriptor 3 and writes answers to 4, each ended by a zero byte.
-        ends = f"exec 3<&{self._to_child} 4>&{self._from_child}"
-        command = ["sh", "-c", f'{ends}; exec "$@"', "sh", str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}"]
+        ends = [str(self._to_child), str(self._from_child)]
+        command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", "about:blank"]
         self._process = subprocess.Popen(
-            [*command, "about:blank"],
+            [sys.executable, "-c", START, *ends, *command],
             pass_fds=(self._to_child, self._from_child),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
