@@ -1,4 +1,4 @@
-"""Second-order blocks: their costs, that they go in rounds, and that each step brings the dense outputs nearer."""
+"""Second-order blocks: their costs, that they go in rounds, and that they stay nearer to the dense network."""
 
 import copy
 import dataclasses
@@ -65,21 +65,21 @@ def test_the_share_of_zeros_is_exact_to_a_block(config, size, together):
 
 
 @CONFIGS
-def test_each_step_brings_the_logits_nearer(config):
-    """001's way, then the steps one after another. Random networks have no easy half: only the order is tested."""
+def test_second_order_blocks_stay_nearer_than_the_sums_of_scores(config):
+    """001's way against both allocations. Random networks have no easy half: only the order is tested."""
     model, windows, statistics, output = calibrated(config)
     logits = model(windows)[..., :97]
     errors = []
     wanda = SparseSettings(method="wanda", pattern="block", block_size=4)
-    for step in ("wanda", "uniform", "together", "windows"):
+    for step in ("wanda", "uniform", "together"):
         pruned = copy.deepcopy(model)
         if step == "wanda":
             prune_sparse(pruned, statistics, None, wanda)
         else:
             settings = BlockSettings(4, 0.5, range(3), together=step != "uniform")
-            prune_blocks(pruned, statistics, output, settings, {}, windows if step == "windows" else None)
+            prune_blocks(pruned, statistics, output, settings, {})
         errors.append(float((pruned(windows)[..., :97] - logits).square().mean()))
-    assert errors[0] > errors[1] > errors[3] and errors[0] > errors[2] > errors[3], errors
+    assert errors[0] > max(errors[1:]), errors
 
 
 def test_of_two_blocks_that_can_stand_in_for_each_other_one_stays():

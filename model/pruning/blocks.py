@@ -9,13 +9,10 @@ What is done instead, each step of little use without the others:
    squared gradient at the output. Such costs can be compared between matrices, so there is one threshold for all.
 3. Blocks go in rounds. After each, what is left is re-fitted, exactly, since the rows of a block share their zeros, and
    costs are computed anew without the inputs that are gone: of two blocks that can stand in for each other, one stays.
-4. At last each matrix, in the order of the computation, is fitted to the dense network's outputs from the inputs that
-   the pruned network gives it.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,12 +24,11 @@ from model.masks import Mask, Masks
 from model.pruning.allocation import lowest_blocks
 from model.pruning.matrices import layer_matrices, matrices
 from model.pruning.orders import find_orders
-from model.pruning.paired import follow, retarget
 from model.pruning.patterns import block_mask, block_sizes
 from model.pruning.permute import permute_, permute_gradients, permute_statistics
 from model.pruning.refit import damped, refit_row_blocks
 from model.pruning.scores import block_sums, fisher_squares, row_costs
-from model.pruning.statistics import SITE_OF, Gradients, LayerStatistics
+from model.pruning.statistics import Gradients, LayerStatistics
 
 Statistics = Callable[[int], LayerStatistics]
 ROUNDS = (0.4, 0.7, 0.9, 1.0)  # of the share that is to go: the later a round, the less it takes
@@ -58,20 +54,15 @@ def prune_blocks(
     output: dict[str, Tensor],
     settings: BlockSettings,
     old: dict[str, Tensor],
-    windows: Tensor | None = None,
 ) -> Masks:
     """Removes blocks as described above, in place; returns the masks of the layers in range.
 
     statistics and output (mean squared gradients, (out,) by matrix) are the dense model's; old, bool (out, in) by
-    weight: what is kept of one that is sparse already. windows (N, T) int64: text for the last re-fit; None: without.
+    weight: what is kept of one that is sparse already.
     """
     if settings.reorder and not old:
         statistics, output = _reorder_(model, statistics, output, settings)
-    dense = None if windows is None else copy.deepcopy(model)
-    masks = _remove_(model, statistics, output, settings, old)
-    if dense is not None and windows is not None:
-        _refit_to_(model, dense, masks, windows, settings)
-    return masks
+    return _remove_(model, statistics, output, settings, old)
 
 
 def _reorder_(
@@ -163,14 +154,3 @@ def kept_costs(weight: Tensor, second: Tensor, mask: Mask, damping: float) -> Te
             left = row_costs(weight[own][:, kept], whole[kept][:, kept], columns, damping=0.0)
             costs[own.unsqueeze(1), bits.nonzero().squeeze(1)] = left.to(costs.dtype)
     return costs
-
-
-def _refit_to_(model: GPT, dense: GPT, masks: Masks, windows: Tensor, settings: BlockSettings) -> None:
-    """Fits what the masks keep to the outputs of `dense`, the same units in the same order, in place."""
-    originals = matrices(dense, settings.layers)
-    for layer, site, pair in follow(dense, model, windows):
-        for linear, module in layer_matrices(model, layer) if layer in settings.layers else ():
-            if SITE_OF[linear] == site:
-                name = f"h.{layer}.{linear}"
-                target = retarget(originals[name].weight, pair, settings.damping)
-                module.weight.copy_(refit_row_blocks(target, pair.second, masks[f"{name}.weight"], settings.damping))

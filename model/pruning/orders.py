@@ -44,7 +44,7 @@ def group_sums(mass: Tensor, size: int) -> Tensor:
     return padded.view(-1, size, mass.size(1)).sum(dim=1)
 
 
-def improve(mass: Tensor, order: Tensor, size: int, price: Tensor, sweeps: int, memory: int = 2**24) -> Tensor:
+def improve(mass: Tensor, order: Tensor, size: int, price: Tensor, sweeps: int, memory: int = 2**18) -> Tensor:
     """`order` (units,) after swaps of two units of different groups, each of which lowers `objective`.
 
     mass (units, K) is what a unit costs in each of the blocks that it may share. In a sweep each pair of groups is met

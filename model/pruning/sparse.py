@@ -77,7 +77,6 @@ def prune_sparse(
     found: Gradients | Tensor | None,
     settings: SparseSettings,
     masks: Masks | None = None,
-    windows: Tensor | None = None,
 ) -> tuple[Masks, list[SparsityRow]]:
     """Makes the model's matrices sparse in place; returns all masks, and a row on each.
 
@@ -85,12 +84,11 @@ def prune_sparse(
     windows (N, T) int64, from which each layer's are collected once those before it are pruned, as Wanda and SparseGPT
     do; or None for magnitude. found: gradients of this model, or the windows to make them from; allocation "unbalanced"
     and the second-order block method ask for them. masks: those of a model that is sparse already; its zeros stay.
-    windows: text for that method's last re-fit, where `source` is cached statistics.
     Raises ValueError for settings that do not fit the model, or when something that they need is not given.
     """
     old = {name: mask.dense() for name, mask in (masks or {}).items()}
     prune = _second_order_blocks if settings.pattern == BLOCK and settings.method == "sparsegpt" else _one_by_one
-    new = prune(model, source, found, settings, old, windows)
+    new = prune(model, source, found, settings, old)
     result = {**(masks or {}), **new}
     return result, sparsity_report(model, result)
 
@@ -101,12 +99,10 @@ def _second_order_blocks(
     found: Gradients | Tensor | None,
     settings: SparseSettings,
     old: dict[str, Tensor],
-    windows: Tensor | None,
 ) -> Masks:
     if source is None:
         raise ValueError(f"method {settings.method} needs calibration text")
     if isinstance(source, Tensor):
-        windows = source
         source = [statistics for _, statistics in collect(model, source, frozen=True)].__getitem__
     block = BlockSettings(
         settings.block_size,
@@ -116,7 +112,7 @@ def _second_order_blocks(
         settings.damping,
         together=settings.allocation == "unbalanced",
     )
-    return prune_blocks(model, source, _squared_gradients(model, found), block, old, windows)
+    return prune_blocks(model, source, _squared_gradients(model, found), block, old)
 
 
 def _one_by_one(
@@ -125,7 +121,6 @@ def _one_by_one(
     found: Gradients | Tensor | None,
     settings: SparseSettings,
     old: dict[str, Tensor],
-    windows: Tensor | None,
 ) -> Masks:
     """Prunes layer by layer, each matrix by its own scores."""
     layers = settings.layers(model.config.n_layer)
