@@ -111,7 +111,7 @@ class LayoutLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in the type of x."""
-        return self.few_rows(x.reshape(-1, x.size(-1))).view(*x.shape[:-1], -1)
+        return self.few_rows(x.reshape(-1, x.size(-1))).reshape(*x.shape[:-1], -1)
 
     def few_rows(self, x: Tensor) -> Tensor:
         """x (R, in) -> (R, out), in the type of x."""
