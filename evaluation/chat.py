@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 
 from data.chat import Template, render_conversation, stop_ids
 from data.prompt_template import PromptTemplate
 from data.templates import get_template
+from data.text_stream import TextStream
 from data.tokenizer import Tokenizer
 from evaluation.checkpoints import check_vocabulary
 from evaluation.compare import Sampling
@@ -94,15 +94,10 @@ def converse(chat: Chat, lines: Iterable[str], write: Callable[[str], None]) -> 
 
 
 def pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of tokens as they come. A token may end inside a character: its bytes wait for the next one's."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in tokens:
-        text = decoder.decode(tokenizer.decode_bytes([token]))
-        if text:
-            yield text
-    rest = decoder.decode(b"", final=True)
-    if rest:
-        yield rest
+    """The text of tokens as they come, never empty."""
+    text = TextStream(tokenizer)
+    yield from filter(None, map(text.add, tokens))
+    yield from filter(None, [text.rest()])
 
 
 def _template(opened: OpenModel, name: str) -> Template:

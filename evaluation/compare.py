@@ -15,7 +15,6 @@ the prompt to the answer's last token, in a batch beside the other rows.
 
 from __future__ import annotations
 
-import codecs
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,11 +26,12 @@ import torch
 
 from data.chat import Template, stop_ids
 from data.prompt_template import PromptTemplate, Record
-from data.templates import get_template, render_prompt, render_record, template_from_spec
+from data.templates import get_template, render_prompt, render_record
+from data.text_stream import TextStream
 from data.tokenizer import Tokenizer
 from evaluation.checkpoints import check_vocabulary, finite_or_none, ignore, short_labels, size_on_disk
 from evaluation.perplexity import ArrayTokens, PerplexityResult, perplexity, safe_exp
-from formats.open_model import OpenModel, check_exists, load_payload, open_model
+from formats.open_model import OpenModel, check_exists, load_tokenizer_and_template, open_model
 from model.generate import generate
 from model.pack import for_generation
 
@@ -143,7 +143,7 @@ def _choose_template(
     if name != "auto":
         return (None, "") if name == "none" else (get_template(name), "")
     for number, (ref, label) in enumerate(zip(checkpoints, labels)):
-        template = template_from_spec(load_payload(ref).get("template")) if number else first.template
+        template = load_tokenizer_and_template(ref)[1] if number else first.template
         if template is not None:
             return template, f"found in {label}"
     return None, "no checkpoint holds a template"
@@ -250,23 +250,21 @@ class _Watch:
     """Called with every new token: notes when each row got its last one, and turns tokens into text as they come."""
 
     def __init__(self, tokenizer: Tokenizer, rows: int, first_row: int, on_text: Callable[[int, str], None]) -> None:
-        self.tokenizer = tokenizer
         self.first_row = first_row
         self.on_text = on_text
-        # A token may end in the middle of a character: each row keeps the bytes that are not one yet.
-        self.decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(rows)]
+        self.texts = [TextStream(tokenizer) for _ in range(rows)]
         self.seconds = [0.0] * rows
         self.began = time.perf_counter()
 
     def __call__(self, row: int, token: int) -> None:
         self.seconds[row] = time.perf_counter() - self.began
-        self._give(row, self.decoders[row].decode(self.tokenizer.decode_bytes([token])))
+        self._give(row, self.texts[row].add(token))
 
     def close(self) -> None:
         """The rest of each row's text; rows without a token took the whole time to say nothing."""
-        for row, decoder in enumerate(self.decoders):
+        for row, text in enumerate(self.texts):
             self.seconds[row] = self.seconds[row] or time.perf_counter() - self.began
-            self._give(row, decoder.decode(b"", final=True))
+            self._give(row, text.rest())
 
     def _give(self, row: int, text: str) -> None:
         if text:

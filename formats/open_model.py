@@ -84,16 +84,23 @@ def load_payload(ref: str | Path, *, base_model: str | Path | None = None) -> di
 
 def _from_peft(folder: Path, base_model: str | Path | None) -> dict[str, Any]:
     """An adapter in PEFT's format, completed by what its base knows: the digest, the tokenizer, the template."""
-    from formats.peft import peft_base, read_peft
+    from formats.peft import read_peft
 
-    name = str(base_model) if base_model is not None else peft_base(folder)
-    if not name:
-        raise ValueError(f"{folder}: names no base: add --base_model")
+    name = str(base_model) if base_model is not None else _peft_base(folder)
     base = load_payload(name)
     if is_adapter(base):
         raise ValueError(f"{name}: is an adapter itself, {folder} needs a whole model: name it with --base_model")
     payload = {**read_peft(folder, base["config"]), "base": base_entry(base, name, folder)}
     return {**payload, "tokenizer": base.get("tokenizer"), "template": base.get("template"), "in_memory": True}
+
+
+def _peft_base(folder: Path) -> str:
+    from formats.peft import peft_base
+
+    name = peft_base(folder)
+    if not name:
+        raise ValueError(f"{folder}: names no base: add --base_model")
+    return name
 
 
 def read_config(ref: str | Path) -> GPTConfig:
@@ -104,9 +111,7 @@ def read_config(ref: str | Path) -> GPTConfig:
     """
     path = _local(ref)
     if (path / PEFT_CONFIG).is_file():
-        from formats.peft import peft_base
-
-        return read_config(peft_base(path))
+        return read_config(_peft_base(path))
     if path.is_dir():
         from formats.hf_config import to_gpt_config
         from formats.hf_folder import read_object
@@ -128,6 +133,8 @@ def load_any_tokenizer(ref: str | Path) -> Tokenizer:
 def load_tokenizer_and_template(ref: str | Path) -> tuple[Tokenizer, Template | None]:
     """How the model that `ref` names is spoken to, without reading its weights. Errors as `load_payload`."""
     path = _local(ref)
+    if (path / PEFT_CONFIG).is_file():
+        return load_tokenizer_and_template(_peft_base(path))
     if path.is_dir():
         from formats.hf_read import read_hf_tokenizer
 

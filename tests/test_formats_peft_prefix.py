@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from formats.checkpoint import load_checkpoint
 from formats.errors import FormatError
-from formats.open_model import load_payload, open_model
+from formats.open_model import load_payload, load_tokenizer_and_template, open_model
 from formats.peft import read_peft, write_peft
 from model.generate import generate
 from model.prompt_methods import PrefixSettings, PTuningSettings
@@ -110,3 +110,16 @@ def test_a_prefix_that_does_not_fit_is_refused_with_the_reason(tmp_path: Path) -
         save_file(tensors, weights_file)
         with pytest.raises(FormatError, match=says):
             read_peft(tmp_path / "peft", base["config"])
+
+
+def test_a_folder_speaks_as_its_base_without_reading_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_foreign("smollm2", tmp_path / "base")
+    write_peft(load_checkpoint(make_adapter(tmp_path / "base", tmp_path / "a.pt", "prefix", PLACED)), tmp_path / "peft")
+    expected = load_payload(tmp_path / "base")["tokenizer"]
+    monkeypatch.setattr("formats.hf_read.read_huggingface", None)
+    tokenizer, template = load_tokenizer_and_template(tmp_path / "peft")
+    assert tokenizer.spec() == expected and template is not None
+    config_file = tmp_path / "peft" / "adapter_config.json"
+    config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "base_model_name_or_path": ""}))
+    with pytest.raises(ValueError, match="names no base: add --base_model"):
+        load_tokenizer_and_template(tmp_path / "peft")

@@ -185,20 +185,21 @@ class _Run:
 
         tokenizer = load_tokenizer("gpt2") if tokenizer_spec is None else tokenizer_from_spec(tokenizer_spec)
         if not self.here.is_main:
-            self.here.barrier()  # rank 0 writes the cache, the others find it
-        folder = prepare_records_cache(
-            settings.data_dir,
-            settings.prompt_template,
-            tokenizer,
-            template=model_template(start) if settings.prompt_template == "model" else None,
-            format=settings.format,
-            system=settings.system,
-            train_on=settings.train_on,
-            bad_records=settings.bad_records,
-        )
-        if self.here.is_main:
-            self.here.barrier()
-        return folder
+            self.here.barrier()  # rank 0 writes the cache, the others find it, or fail as it did
+        try:
+            return prepare_records_cache(
+                settings.data_dir,
+                settings.prompt_template,
+                tokenizer,
+                template=model_template(start) if settings.prompt_template == "model" else None,
+                format=settings.format,
+                system=settings.system,
+                train_on=settings.train_on,
+                bad_records=settings.bad_records,
+            )
+        finally:
+            if self.here.is_main:
+                self.here.barrier()
 
     def _objective(self, start: Start, network: Network) -> Objective:
         """What the run minimises; what its checkpoints must say of it goes into `network.about`."""
