@@ -1,9 +1,11 @@
-"""Measure checkpoints: perplexity of any text or prepared set.
+"""Measure checkpoints: how likely they find texts and answers, what their own answers are worth, multiple choice.
 
-    python evaluate.py --checkpoints logs/model_00999.pt --input book.txt
-    python evaluate.py --checkpoints A.pt B.pt --metrics perplexity --data_dir dolly15k --split val --json scores.json
+    python evaluate.py --checkpoints A.pt B.pt --text book.txt --metrics perplexity --seq_len 1024 --stride 512
+    python evaluate.py --checkpoints A.pt B.pt --data_dir dolly15k --metrics loss,accuracy,bleu,rouge --json scores.json
+    python evaluate.py --checkpoints A.pt B.pt --multiple_choice hellaswag_val.jsonl
 
-Prints, for each checkpoint and text, how the number was made, and one table at the end. Exit code 2 for bad input.
+Prints, for each checkpoint and text, how the numbers were made, and one table at the end. Under torchrun the processes
+share the work, and the numbers are the same. Exit code 2 for bad input.
 """
 
 from evaluation.settings import EvaluateSettings
@@ -12,16 +14,30 @@ from training.settings import run_script
 
 def main(settings: EvaluateSettings) -> None:
     """Evaluate, print the table, write the JSON file."""
-    from evaluation.evaluate import evaluate
-    from report.files import write_json
-    from report.terminal import results_table
-    from training.distributed import choose_device
+    import shutil
+    import sys
 
-    results = evaluate(settings, choose_device(settings.device), say=print)
-    print("\n" + results_table(results["results"]))
+    from evaluation.evaluate import evaluate, files_beside
+    from report.files import write_json
+    from report.terminal import predictions, results_table
+    from training.distributed import close_distributed, setup_distributed
+
+    here = setup_distributed(settings.device)
+    try:
+        results = evaluate(settings, here.device, say=print, processes=here)
+    finally:
+        close_distributed(here)
+    if not here.is_main:
+        return
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    answers = predictions(results["results"], width)
+    print(f"\n{answers}\n" if answers else "")
+    print(results_table(results["results"]))
     if settings.json is not None:
-        print(f"\nResults: {write_json(settings.json, results)}")
+        files = files_beside(results) if settings.json == "beside" else {settings.json: results}
+        for path, content in files.items():
+            print(f"\nResults: {write_json(path, content)}")
 
 
 if __name__ == "__main__":
-    run_script(main, EvaluateSettings, "Measure checkpoints: perplexity of any text or prepared set.")
+    run_script(main, EvaluateSettings, "Measure checkpoints: perplexity, held-out answers, multiple choice.")

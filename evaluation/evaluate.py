@@ -1,58 +1,69 @@
-"""What `evaluate.py` does: each metric of each checkpoint on each text, as one dict.
+"""What `evaluate.py` does: each measure of each checkpoint on each text or set, as one dict.
 
-{"format": 1, "metrics": ["perplexity"],
- "results": [{"checkpoint", "path", "step", "text", "scored", "tokens", "loss", "perplexity", "bytes",
-              "bits_per_byte", "windows", "block_size", "stride", "protocol", "seconds"}]}
+    {"format": 1, "metrics": ["perplexity", ...],
+     "results": [{"checkpoint", "path", "step", "text", ..., "seconds"}]}
+
+A result holds what was measured there: of texts and sets what `_likelihood` gives, of instructions also what
+`evaluation.answers.compare_answers` gives and "categories", of multiple choice what `multiple_choice` gives.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.chat import Template
+from data.manifest import resolve_data_dir
 from data.shards import TokenSet, open_dataset
+from data.templates import get_template
+from evaluation import text_metrics
+from evaluation.answers import answer_all, compare_answers, compare_by_category
 from evaluation.checkpoints import check_vocabulary, finite_or_none, ignore, short_labels
-from evaluation.perplexity import ArrayTokens, PerplexityResult, TokenStream, perplexity
+from evaluation.instructions import Instructions, PreparedSet, RecordFile
+from evaluation.log_blocks import answers_block, choices_block, likelihood_block
+from evaluation.multiple_choice import Choice, multiple_choice, read_choices
+from evaluation.perplexity import PerplexityResult, Score, TokenStream, score_windows, total
+from evaluation.processes import ALONE, Processes
 from evaluation.settings import EvaluateSettings
-from formats.open_model import OpenModel, open_model
+from evaluation.texts import PlainText, read_text
+from formats.open_model import OpenModel, check_exists, open_model
 
-METRICS = ("perplexity",)
+LIKELIHOOD = ("perplexity", "loss", "accuracy")
+METRICS = (*LIKELIHOOD, *text_metrics.NAMES)
 
-
-@dataclass(frozen=True)
-class Text:
-    """Something to score: its name, and either its characters or its tokens."""
-
-    name: str
-    characters: str | None = None
-    tokens: TokenSet | None = None
+Measure = Callable[[str, OpenModel], dict[str, Any]]  # of a checkpoint by its label: the result but for its head
 
 
 def evaluate(
-    settings: EvaluateSettings, device: str | torch.device = "cpu", say: Callable[[str], None] = ignore
+    settings: EvaluateSettings,
+    device: str | torch.device = "cpu",
+    say: Callable[[str], None] = ignore,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
-    """Measures every checkpoint on every text; `say` gets the lines of each evaluation as it ends.
+    """Measures every checkpoint on everything that is asked; `say` gets the lines of each evaluation as it ends.
 
-    Raises ValueError or OSError for what cannot be read or does not fit together.
+    `processes` share the work, and each returns all results. Raises ValueError or OSError for what cannot be read or
+    does not fit together.
     """
-    _check(settings)
-    texts = [_read_text(name) for name in settings.input]
-    if settings.data_dir is not None:
-        tokens = open_dataset(settings.data_dir, settings.split)
-        texts.append(Text(f"{Path(settings.data_dir).name}/{settings.split}", tokens=tokens))
+    check(settings)
+    work = _Work(settings, say, processes)
+    measures = work.measures()  # all input is read before the first model
     results = []
     for label, ref in zip(short_labels(settings.checkpoints), settings.checkpoints):
         opened = open_model(ref, device, base_model=settings.base_model)
         check_vocabulary(opened)
-        for text in texts:
-            results.append(_evaluate_one(label, opened, text, settings, say))
+        for measure in measures:
+            began = time.perf_counter()
+            found = measure(label, opened)
+            head = {"checkpoint": label, "path": str(opened.path), "step": opened.step}
+            results.append({**head, **found, "seconds": time.perf_counter() - began})
     return {"format": 1, "metrics": asked_metrics(settings), "results": results}
 
 
@@ -61,117 +72,228 @@ def asked_metrics(settings: EvaluateSettings) -> list[str]:
     return [metric for entry in settings.metrics for metric in entry.split(",") if metric]
 
 
-def _check(settings: EvaluateSettings) -> None:
+def check(settings: EvaluateSettings) -> None:
+    """Raises ValueError or OSError for settings that cannot work, before anything is read."""
+    metrics = asked_metrics(settings)
+    answers = [metric for metric in metrics if metric in text_metrics.NAMES]
     if not settings.checkpoints:
         raise ValueError("no checkpoint: give at least one with --checkpoints FILE.pt")
-    if not settings.input and settings.data_dir is None:
-        raise ValueError("nothing to score: give --input FILE (a text) or --data_dir DIR (a prepared set)")
-    for metric in asked_metrics(settings):
+    for ref in settings.checkpoints:
+        check_exists(ref)
+        if settings.json == "beside" and not Path(ref).exists():
+            raise ValueError(f"--json beside: {ref} is no file or folder here; name a file with --json FILE")
+    if not (settings.input or settings.data_dir or settings.multiple_choice or settings.lm_eval):
+        raise ValueError(
+            "nothing to score: give --input FILE (a text), --data_dir DIR (a prepared set or a JSONL), "
+            "--multiple_choice FILE or --lm_eval TASK"
+        )
+    for metric in metrics:
         if metric not in METRICS:
             close = difflib.get_close_matches(metric, METRICS, n=1, cutoff=0.5)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise ValueError(f"--metrics {metric}: unknown, expected one of {', '.join(METRICS)}.{hint}")
+    if answers and settings.data_dir is None:
+        raise ValueError(f"--metrics {answers[0]} compares answers with references: give --data_dir DIR or a JSONL")
+    if settings.input and not set(metrics) & set(LIKELIHOOD):
+        raise ValueError(f"--metrics {','.join(metrics)} measures nothing of --input: add perplexity, or leave it out")
+    text_metrics.check_installed(answers)
+    _check_numbers(settings)
+
+
+def _check_numbers(settings: EvaluateSettings) -> None:
     if settings.max_tokens is not None and settings.max_tokens < 2:
         raise ValueError(f"--max_tokens {settings.max_tokens}: expected at least 2, one to read and one to score")
+    for name in ("batch_size", "max_samples", "max_new_tokens"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: expected at least 1")
+    if settings.keep_predictions < 0:
+        raise ValueError(f"--keep_predictions {settings.keep_predictions}: expected 0 or more")
 
 
-def _read_text(name: str) -> Text:
-    """A UTF-8 text file (`-`: standard input)."""
-    path = Path(name)
-    if name != "-" and path.is_dir():
-        raise ValueError(f"{path}: is a folder; --input takes text files, --data_dir a prepared set")
-    if name != "-" and not path.exists():
-        raise FileNotFoundError(f"{path}: no such text file")
-    data = sys.stdin.buffer.read() if name == "-" else path.read_bytes()
-    where = "standard input" if name == "-" else str(path)
-    try:
-        characters = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{where}:{line}: is not UTF-8 (byte {data[error.start]:#04x}); save the text as UTF-8"
-        ) from None
-    if not characters.strip():
-        raise ValueError(f"{where}: is empty, expected a text to score")
-    return Text(where if name == "-" else path.name, characters=characters)
+def files_beside(results: dict[str, Any]) -> dict[Path, dict[str, Any]]:
+    """The file beside each checkpoint and the results of that checkpoint alone: NAME.eval.json for NAME.pt."""
+    files: dict[Path, dict[str, Any]] = {}
+    for result in results["results"]:
+        path = Path(result["path"])
+        name = path.stem if path.is_file() else path.resolve().name
+        place = path.parent / f"{name}.eval.json"
+        files.setdefault(place, {**results, "results": []})["results"].append(result)
+    return files
 
 
-def _evaluate_one(
-    label: str, opened: OpenModel, text: Text, settings: EvaluateSettings, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """One checkpoint on one text."""
-    stream = _tokens(opened, text)
-    block_size = settings.block_size if settings.block_size is not None else opened.model.config.block_size
-    stride = settings.stride if settings.stride is not None else max(1, block_size // 2)
-    began = time.perf_counter()
-    with _progress_bar(label, stream, settings.max_tokens) as bar:
-        try:
-            result = perplexity(
+class _Work:
+    """One measure a method; what they share is what was asked."""
+
+    def __init__(self, settings: EvaluateSettings, say: Callable[[str], None], processes: Processes) -> None:
+        self.settings, self.say, self.processes = settings, say, processes
+        metrics = asked_metrics(settings)
+        self.likelihood = [metric for metric in metrics if metric in LIKELIHOOD]
+        self.answers = [metric for metric in metrics if metric in text_metrics.NAMES]
+        name = settings.prompt_template
+        self.template = None if name in ("auto", "none") else get_template(name)
+
+    def measures(self) -> list[Measure]:
+        """All that is asked of a checkpoint. Reads texts, sets and questions."""
+        settings = self.settings
+        found: list[Measure] = [partial(self.of_text, read_text(name)) for name in settings.input]
+        if settings.data_dir is not None:
+            found.append(partial(self.of_set, self._read_set(settings.data_dir)))
+        for file in settings.multiple_choice:
+            found.append(partial(self.of_choices, Path(file).name, read_choices(file, settings.max_samples)))
+        return found
+
+    def of_text(self, text: PlainText, label: str, opened: OpenModel) -> dict[str, Any]:
+        """How likely a text is."""
+        stream = text.stream(opened.tokenizer)
+        block_size = self.settings.block_size or text.window(opened.model.config.block_size)
+        stride = self.settings.stride or (max(1, block_size // 2) if text.recipe is None else block_size)
+        limit = text.limit(self._at_most(stream.n_tokens), block_size)
+        begins = "no begin token" if opened.tokenizer.bos_id is None else "behind the begin token"
+        how = begins if text.recipe is None else f"{begins}; {text.recipe.how}"
+        return self._likelihood(label, opened, text.name, stream, limit, block_size, stride, how)[0]
+
+    def of_set(self, instructions: Instructions, label: str, opened: OpenModel) -> dict[str, Any]:
+        """How likely the reference answers of a set are, and what the model's own are worth beside them."""
+        template = self._template(opened)
+        found: dict[str, Any] = {"text": instructions.name}
+        by_category: dict[str, dict[str, Any]] = {}
+        if self.likelihood:
+            stream = instructions.stream(opened, template)
+            block_size = self.settings.block_size or opened.model.config.block_size
+            stride = self.settings.stride or max(1, block_size // 2)
+            limit = self._at_most(instructions.limit(stream))
+            how = "each record by itself" if stream.has_mask else "no begin token"
+            found, scores = self._likelihood(label, opened, instructions.name, stream, limit, block_size, stride, how)
+            by_category = self._by_category(scores, instructions.categories())
+        if self.answers:
+            answers = self._answers(label, opened, instructions, template)
+            for category, values in answers.pop("categories").items():
+                by_category[category] = by_category.get(category, {}) | values
+            found |= answers
+        return {**found, "categories": by_category}
+
+    def of_choices(self, name: str, questions: list[Choice], label: str, opened: OpenModel) -> dict[str, Any]:
+        """How often the right ending is the likeliest."""
+        endings = sum(len(question.endings) for question in questions)
+        with self._bar(label, endings, "ending") as bar, _naming(opened, name):
+            options: dict[str, Any] = {"progress": bar.update, "processes": self.processes}
+            found = multiple_choice(opened, questions, batch_size=self.settings.batch_size, **options)
+        self._say(choices_block(label, name, found))
+        return {"text": name, **found}
+
+    # ---- the parts of them
+
+    def _likelihood(
+        self,
+        label: str,
+        opened: OpenModel,
+        name: str,
+        stream: TokenStream,
+        limit: int,
+        block_size: int,
+        stride: int,
+        how: str,
+    ) -> tuple[dict[str, Any], list[Score]]:
+        with_hits = "accuracy" in self.likelihood
+        tokens = stream.n_supervised if isinstance(stream, TokenSet) else int(stream.mask(0, stream.n_tokens).sum())
+        with self._bar(label, min(tokens, limit), "token") as bar, _naming(opened, name):
+            scores = score_windows(
                 opened.model,
                 stream,
                 block_size=block_size,
                 stride=stride,
-                batch_size=settings.batch_size,
+                batch_size=self.settings.batch_size,
                 tokenizer=opened.tokenizer,
-                max_tokens=settings.max_tokens,
+                max_tokens=limit,
+                with_hits=with_hits,
                 progress=bar.update,
+                processes=self.processes,
             )
-        except ValueError as error:
-            raise ValueError(f"{opened.path} on {text.name}: {error}") from None
-    scored = "answers only" if stream.has_mask else "all tokens"
-    for line in log_block(label, text.name, scored, result):
-        say(line)
-    return {
-        "checkpoint": label,
-        "path": str(opened.path),
-        "step": opened.step,
-        "text": text.name,
-        "scored": scored,
-        "tokens": result.tokens,
-        "loss": finite_or_none(result.loss),
-        "perplexity": finite_or_none(result.perplexity),
-        "bytes": result.bytes,
-        "bits_per_byte": finite_or_none(result.bits_per_byte),
-        "windows": result.windows,
-        "block_size": block_size,
-        "stride": stride,
-        "protocol": f"{result.protocol}, {scored}",
-        "seconds": time.perf_counter() - began,
-    }
+        result = total(scores, with_hits=with_hits, block_size=block_size, stride=stride, how=how)
+        scored = "answers only" if stream.has_mask else "all tokens"
+        self._say(likelihood_block(label, name, scored, result))
+        sizes = {"windows": result.windows, "block_size": block_size, "stride": stride}
+        values = {**_values(result), "bytes": result.bytes, "bits_per_byte": finite_or_none(result.bits_per_byte)}
+        return {"text": name, "scored": scored, **values, **sizes, "protocol": f"{result.protocol}, {scored}"}, scores
+
+    def _by_category(self, scores: list[Score], categories: list[str] | None) -> dict[str, dict[str, Any]]:
+        """The sums of each category's records, in the order of their names."""
+        if categories is None:
+            return {}
+        groups: dict[str, list[Score]] = {}
+        for score in scores:
+            groups.setdefault(categories[score.document], []).append(score)
+        with_hits = "accuracy" in self.likelihood
+        return {
+            name: {
+                "samples": len({score.document for score in groups[name]}),
+                **_values(total(groups[name], with_hits=with_hits, block_size=0, stride=0)),
+            }
+            for name in sorted(groups)
+        }
+
+    def _answers(
+        self, label: str, opened: OpenModel, instructions: Instructions, template: Template | None
+    ) -> dict[str, Any]:
+        with _naming(opened, instructions.name):
+            asked = instructions.asked(opened, template)
+            with self._bar(label, len(asked.questions), "answer") as bar:
+                answers = answer_all(
+                    opened,
+                    asked,
+                    max_new_tokens=self.settings.max_new_tokens,
+                    batch_size=self.settings.batch_size,
+                    progress=bar.update,
+                    processes=self.processes,
+                )
+        found = compare_answers(asked.questions, answers, self.answers, self.settings.keep_predictions)
+        found["template"] = None if asked.template is None else asked.template.name
+        found["max_new_tokens"] = self.settings.max_new_tokens
+        self._say(answers_block(label, instructions.name, found))
+        return {**found, "categories": compare_by_category(asked.questions, answers, self.answers)}
+
+    def _read_set(self, name: str) -> Instructions:
+        """A folder of shards, or a file of records."""
+        path = resolve_data_dir(name)
+        if not path.is_file():
+            return PreparedSet(open_dataset(path, self.settings.split), self.settings.max_samples)
+        records = RecordFile(path, self.settings.max_samples)
+        for why, count in records.left_out.items():
+            self._say([f"{path}: left out {count:,} record{'s' * (count > 1)} {why}"])
+        return records
+
+    def _template(self, opened: OpenModel) -> Template | None:
+        return opened.template if self.settings.prompt_template == "auto" else self.template
+
+    def _at_most(self, n_tokens: int) -> int:
+        return n_tokens if self.settings.max_tokens is None else min(n_tokens, self.settings.max_tokens)
+
+    def _say(self, lines: list[str]) -> None:
+        for line in lines if self.processes.rank == 0 else ():
+            self.say(line)
+
+    def _bar(self, label: str, total: int, unit: str) -> Any:
+        """A bar on a terminal, of this process's share; nothing elsewhere."""
+        from tqdm import tqdm
+
+        share = -(-total // self.processes.world_size)
+        quiet = True if self.processes.rank else None
+        return tqdm(total=share, desc=label, unit=unit, unit_scale=True, leave=False, disable=quiet)
 
 
-def log_block(label: str, text: str, scored: str, result: PerplexityResult) -> list[str]:
-    """The lines of one evaluation; names and order are fixed, scripts read them."""
-    return [
-        "***** Running evaluation *****",
-        f"  Checkpoint = {label}",
-        f"  Text = {text} ({scored})",
-        f"  Num examples = {result.windows}",
-        f"  Protocol: {result.protocol}",
-        f"Eval Loss: {result.loss:.4f}",
-        f"Eval Perplexity: {result.perplexity:.4f}",
-    ]
+def _values(result: PerplexityResult) -> dict[str, Any]:
+    """The values of a result by name; accuracy only where it was asked."""
+    values = {"tokens": result.tokens, "loss": result.loss, "perplexity": result.perplexity}
+    if result.accuracy is not None:
+        values["accuracy"] = result.accuracy
+    return {name: finite_or_none(value) for name, value in values.items()}
 
 
-def _tokens(opened: OpenModel, text: Text) -> TokenStream:
-    """The text as this checkpoint's tokens. Raises ValueError where a prepared set was made with another tokenizer."""
-    if text.tokens is None:
-        return ArrayTokens(opened.tokenizer.encode_numpy(text.characters or ""))
-    theirs, ours = text.tokens.tokenizer_fingerprint, opened.tokenizer.fingerprint
-    if theirs != ours:
-        found = f"{text.tokens.meta['tokenizer']['kind']} tokenizer {theirs[:12]}"
-        raise ValueError(
-            f"{text.tokens.folder}: was prepared with the {found}, {opened.path} reads {opened.tokenizer.kind} "
-            f"{ours[:12]}; prepare the text again with --tokenizer {opened.path}, or score it with --input"
-        )
-    return text.tokens
-
-
-def _progress_bar(label: str, stream: TokenStream, max_tokens: int | None) -> Any:
-    """A bar in scored tokens on a terminal, nothing elsewhere."""
-    from tqdm import tqdm
-
-    total = stream.n_supervised if isinstance(stream, TokenSet) else stream.n_tokens
-    if max_tokens is not None:
-        total = min(total, max_tokens)
-    return tqdm(total=total, desc=label, unit="token", unit_scale=True, leave=False, disable=None)
+@contextlib.contextmanager
+def _naming(opened: OpenModel, name: str) -> Iterator[None]:
+    """Errors in it say which model and which text they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{opened.path} on {name}: {error}") from None

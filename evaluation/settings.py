@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 
 @dataclass
@@ -54,29 +54,51 @@ class SampleSettings:
 
 @dataclass
 class EvaluateSettings:
-    """evaluate.py: measure checkpoints on texts or prepared sets."""
+    """evaluate.py: measure checkpoints on texts, sets of instructions, multiple choice."""
+
+    # Names of this script's own, beside those of training/aliases.py.
+    ALIASES: ClassVar[dict[str, str]] = {
+        "text": "input",
+        "seq_len": "block_size",
+        "model_name_or_path": "checkpoints",
+        "eval_batch_size": "batch_size",
+        "per_device_eval_batch_size": "batch_size",
+        "max_eval_samples": "max_samples",
+    }
 
     checkpoints: tuple[str, ...] = ()
     """Models, one or several: checkpoints (.pt), Hugging Face folders, GGUF files, Hub names."""
     base_model: str | None = None
     """Base of the adapters among them, where it is not where the adapters say."""
     metrics: tuple[str, ...] = ("perplexity",)
-    """What to measure: perplexity (with loss and bits per byte)."""
+    """perplexity, loss, accuracy (of tokens); of answers to data_dir: bleu, chrf, rouge, exact_match, f1."""
     input: tuple[str, ...] = ()
-    """UTF-8 text files, each scored as one text (- for standard input)."""
+    """Texts (also --text): UTF-8 files, - for standard input, wikitext2 or c4 as papers measure them, c4:FILE."""
     data_dir: str | None = None
-    """Folder made by prepare_data.py, or NAME for data/NAME; in an instruction set only the answers are scored."""
+    """Folder made by prepare_data.py, or NAME for data/NAME, or a JSONL of records; only answers are scored."""
     split: str = "val"
     """The split of data_dir: train or val."""
+    multiple_choice: tuple[str, ...] = ()
+    """JSONL of questions, endings and the right one's number: HellaSwag's, or any of that shape."""
+    lm_eval: tuple[str, ...] = ()
+    """Tasks of lm-eval, by name or as YAML files (pip install lm-eval)."""
+    prompt_template: str = "auto"
+    """For records: a template's name, such as dolly or chatml; none = raw text; auto = each model's own."""
     block_size: int | None = None
-    """Length of a window in tokens; the model's context where not given."""
+    """Length of a window in tokens (also --seq_len); the model's context where not given, 2048 at most for papers'."""
     stride: int | None = None
     """Tokens from one window to the next; half a window where not given. Shorter: more context, more time."""
     batch_size: int = 8
-    """Windows scored at a time; changes speed and memory, not the result."""
+    """Windows, prompts or endings read at a time; changes speed and memory, not the result."""
     max_tokens: int | None = None
     """Score only the first N tokens of each text."""
+    max_samples: int | None = None
+    """Only the first N records of data_dir, questions of multiple_choice, documents of each lm_eval task."""
+    max_new_tokens: int = 128
+    """Longest answer in tokens; the likeliest token is taken each time."""
+    keep_predictions: int = 10
+    """How many answers are shown beside their references and kept in the JSON file."""
     json: str | None = None
-    """Write the results to this JSON file."""
+    """Write the results to this JSON file; `beside`: to NAME.eval.json beside each checkpoint."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,24 +84,78 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
     return "\n".join(lines)
 
 
+# Of a result of `evaluation.evaluate`: the key, the head of its column, and how the value is written.
+_COLUMNS = (
+    ("tokens", "tokens", ",d"),
+    ("loss", "loss", ".4f"),
+    ("perplexity", "perplexity", ".4f"),
+    ("accuracy", "accuracy", ".4f"),
+    ("bits_per_byte", "bits/byte", ".4f"),
+    ("windows", "windows", ",d"),
+    ("block_size", "length", "d"),
+    ("stride", "stride", "d"),
+    ("samples", "samples", ",d"),
+    ("bleu", "BLEU", ".2f"),
+    ("chrf", "chrF", ".2f"),
+    ("rouge1", "ROUGE-1", ".2f"),
+    ("rouge2", "ROUGE-2", ".2f"),
+    ("rougeL", "ROUGE-L", ".2f"),
+    ("exact_match", "exact", ".2f"),
+    ("f1", "F1", ".2f"),
+    ("acc", "acc", ".4f"),
+    ("acc_stderr", "+-", ".4f"),
+    ("acc_norm", "acc_norm", ".4f"),
+    ("acc_norm_stderr", "+-", ".4f"),
+)
+
+
 def results_table(results: Sequence[dict[str, Any]]) -> str:
-    """The results of `evaluation.evaluate.evaluate` as a table, one row a checkpoint and text."""
-    header = ["checkpoint", "text", "tokens", "loss", "perplexity", "bits/byte", "windows", "length", "stride"]
-    rows = [
-        [
-            show_controls(result["checkpoint"]),
-            show_controls(result["text"]),
-            f"{result['tokens']:,}",
-            _number(result["loss"], ".4f"),
-            _number(result["perplexity"], ".4f"),
-            _number(result["bits_per_byte"], ".4f"),
-            f"{result['windows']:,}",
-            str(result["block_size"]),
-            str(result["stride"]),
-        ]
+    """The results of `evaluation.evaluate.evaluate` as a table, one row a checkpoint and text, and one a category."""
+    rows = [([result["checkpoint"], result["text"]], result) for result in results]
+    rows += [
+        ([result["checkpoint"], f"{result['text']}: {category or '(none)'}"], values)
         for result in results
+        for category, values in result.get("categories", {}).items()
     ]
-    return table(header, rows, left=2)
+    columns = [column for column in _COLUMNS if any(column[0] in values for _, values in rows)]
+    header = ["checkpoint", "text", *(name for _, name, _ in columns)]
+    cells = [
+        [*map(show_controls, names), *(_number(values.get(key), form) for key, _, form in columns)]
+        for names, values in rows
+    ]
+    return table(header, cells, left=2)
+
+
+def predictions(results: Sequence[dict[str, Any]], width: int | None) -> str:
+    """The first answers of every checkpoint under prompt and reference, a line each; "" where there are none."""
+    lines = []
+    by_text: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        if result.get("predictions"):
+            by_text.setdefault(result["text"], []).append(result)
+    for text, group in by_text.items():
+        size = max(len("reference"), *(_cells(show_controls(result["checkpoint"])) for result in group))
+        for number, same in enumerate(zip(*(result["predictions"] for result in group)), start=1):
+            category = f" ({same[0]['category']})" if same[0]["category"] else ""
+            lines += ["", show_controls(f"{text}, answer {number}{category}")]
+            said = [(result["checkpoint"], answer["prediction"]) for result, answer in zip(group, same)]
+            for name, value in [("prompt", same[0]["prompt"]), ("reference", same[0]["reference"]), *said]:
+                lines.append(_shortened(f"  {_pad(show_controls(name), size)}  {one_line(value)}", width))
+    return "\n".join(lines[1:])
+
+
+def one_line(text: str) -> str:
+    """A text in one line: white space is one space, control characters are visible."""
+    return show_controls(" ".join(text.split()))
+
+
+def _shortened(line: str, width: int | None) -> str:
+    """The line cut to `width` cells, 120 without a terminal; a mark tells that something is missing."""
+    room = width or 120
+    if _cells(line) <= room:
+        return line
+    cells = list(itertools.accumulate(map(cell_width, line)))
+    return line[: bisect_right(cells, room - 3)] + "..."
 
 
 class AnswerStream:

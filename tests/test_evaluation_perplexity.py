@@ -44,10 +44,10 @@ def test_windows_score_each_token_once_in_order(n, block_size, data):
 
 
 def test_windows_as_the_picture_shows():
-    assert list(windows([(0, 8)], 4, 2)) == [(0, 1, 4), (2, 4, 6), (4, 6, 8)]
-    assert list(windows([(0, 5)], 8, 4)) == [(0, 1, 5)]
-    assert list(windows([(0, 9)], 4, 4)) == [(0, 1, 4), (4, 5, 8)]
-    assert list(windows([(0, 3), (3, 4), (4, 6)], 8, 4)) == [(0, 1, 3), (4, 5, 6)]
+    assert list(windows([(0, 8)], 4, 2)) == [(0, 1, 4, 0), (2, 4, 6, 0), (4, 6, 8, 0)]
+    assert list(windows([(0, 5)], 8, 4)) == [(0, 1, 5, 0)]
+    assert list(windows([(0, 9)], 4, 4)) == [(0, 1, 4, 0), (4, 5, 8, 0)]
+    assert list(windows([(0, 3), (3, 4), (4, 6)], 8, 4)) == [(0, 1, 3, 0), (4, 5, 6, 2)]
 
 
 def published_loop(model, ids, length, stride):

@@ -39,17 +39,23 @@ def field_names(cls: type) -> list[str]:
     return [field.name for field in dataclasses.fields(cls) if field.init]
 
 
-def own_name(name: str, known: Sequence[str]) -> str:
+def aliases_of(cls: type) -> dict[str, str]:
+    """Other names of the settings: those that all scripts share, and the class's own `ALIASES`, which go first."""
+    return ALIASES | getattr(cls, "ALIASES", {})
+
+
+def own_name(name: str, cls: type) -> str:
     """Our name for a flag or key; an alias counts only where the settings lack that very name."""
     name = name.replace("-", "_")
-    return name if name in known else ALIASES.get(name, name)
+    return name if name in field_names(cls) else aliases_of(cls).get(name, name)
 
 
-def all_names(known: Sequence[str]) -> list[str]:
-    """Every name that the settings `known` can be given under, ours first."""
+def all_names(cls: type) -> list[str]:
+    """Every name that the settings can be given under, ours first."""
+    known = field_names(cls)
     return [
         *known,
-        *(alias for alias, name in ALIASES.items() if name in known),
+        *(alias for alias, name in aliases_of(cls).items() if name in known),
         *(name for name in CHOICES if is_choice(name, known)),
     ]
 
@@ -90,7 +96,7 @@ def load_yaml(path: str, cls: type) -> dict[str, list[str] | None]:
     values: dict[str, list[str] | None] = {}
     try:
         for section, key, node in _entries(root):
-            for name, words in _named(section, key, node, known):
+            for name, words in _named(section, key, node, cls):
                 if name in values:
                     raise ValueError(f"{key!r} sets {name} a second time")
                 values[name] = words
@@ -112,13 +118,13 @@ def _entries(root: yaml.MappingNode) -> Iterator[tuple[str, str, yaml.Node]]:
             yield "", str(key.value), value
 
 
-def _named(section: str, key: str, node: yaml.Node, known: list[str]) -> Iterator[tuple[str, list[str] | None]]:
+def _named(section: str, key: str, node: yaml.Node, cls: type) -> Iterator[tuple[str, list[str] | None]]:
     """The setting that a line of a file sets, if any, and its words, None for null."""
-    own_keys = SECTIONS.get(section, {})
-    name = own_name(own_keys.get(key, key), known)
+    own_keys, known = SECTIONS.get(section, {}), field_names(cls)
+    name = own_name(own_keys.get(key, key), cls)
     if name not in known and not is_choice(name, known):
         where = f" in {section}:" if section else ""
-        raise ValueError(f"unknown setting {key!r}{where}.{nearest(key, [*all_names(known), *own_keys])}")
+        raise ValueError(f"unknown setting {key!r}{where}.{nearest(key, [*all_names(cls), *own_keys])}")
     items = node.value if isinstance(node, yaml.SequenceNode) else [node]
     if not all(isinstance(item, yaml.ScalarNode) for item in items):
         raise ValueError(f"{key}: expected a value or a list of values")
@@ -171,10 +177,10 @@ def _normalize(cls: type, argv: Sequence[str]) -> tuple[list[str], set[str]]:
             (given[current] if current else loose).append(word)
             continue
         flag, equals, value = word[2:].partition("=")
-        name = own_name(flag, known)
+        name = own_name(flag, cls)
         current = name[3:] if name not in known and name.startswith("no_") else name
         if current not in known and not is_choice(current, known):
-            near = nearest("--" + name, ["--" + setting for setting in all_names(known)])
+            near = nearest("--" + name, ["--" + setting for setting in all_names(cls)])
             raise ValueError(f"unknown flag --{flag}.{near} (--help lists all)")
         spelling = flag.replace("-", "_").removeprefix("no_")
         if spelled.setdefault(current, spelling) != spelling:

@@ -1,0 +1,51 @@
+"""The processes that share an evaluation: each takes some of the batches, all learn every result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Processes(Protocol):
+    """Who this process is among all; `training.distributed.Dist` is one."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """Each process's bytes in order of rank, on every process."""
+
+
+class _Alone:
+    """One process."""
+
+    rank, world_size = 0, 1
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        return [data]
+
+
+ALONE: Processes = _Alone()
+
+
+def share(items: Iterable[T], processes: Processes) -> Iterator[tuple[int, T]]:
+    """This process's items with their numbers: every world_size-th."""
+    return ((number, item) for number, item in enumerate(items) if number % processes.world_size == processes.rank)
+
+
+def gather(found: dict[int, Any], processes: Processes) -> list[Any]:
+    """What all processes found, in the order of its numbers: JSON values, the same list on every process.
+
+    Sums over it are made in one order, so that they are equal to the last bit however many processes there are.
+    """
+    if processes.world_size == 1:
+        return [found[number] for number in sorted(found)]
+    parts = processes.gather_bytes(json.dumps(list(found.items())).encode())
+    everything = dict(pair for part in parts for pair in json.loads(part))
+    return [everything[number] for number in sorted(everything)]
