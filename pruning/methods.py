@@ -126,8 +126,7 @@ def _sparse(model: GPT, settings: PruneSettings, cache: StatisticsCache | None) 
         source = cache.layer if at_once else cache.windows
         ranked = wanted.allocation == "unbalanced" or (settings.method, settings.pattern) == ("sparsegpt", "block")
         found = cache.gradients(settings.gradient_samples) if ranked else None
-    windows = None if cache is None else cache.windows
-    model.masks, rows = prune_sparse(model, source, found, wanted, model.masks, windows)
+    model.masks, rows = prune_sparse(model, source, found, wanted, model.masks)
     return Outcome(model, list(range(model.config.n_layer)), [sparsity_line(rows)])
 
 

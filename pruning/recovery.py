@@ -14,7 +14,6 @@ from data.tokenizer import Tokenizer
 from formats.adapter import is_adapter, weights_digest
 from formats.checkpoint import load_checkpoint, save_checkpoint
 from formats.open_model import build_model, load_payload, read_config
-from model.gpt import GPT
 from model.masks import check_masks
 from model.tuning import merge
 from pruning.files import model_payload
@@ -43,21 +42,17 @@ _LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 _DISTILL = ("distill_hard", "distill_hidden")
 
 
-def recover(
-    settings: PruneSettings, start: Path, tokenizer: Tokenizer, measured: Callable[[GPT], float | None], say: Say
-) -> float | None:
-    """Trains the model in `start` and writes `settings.recovered_path`; returns its perplexity, None if it was stopped.
+def recover(settings: PruneSettings, start: Path, tokenizer: Tokenizer, say: Say) -> bool:
+    """Trains the model in `start` and writes `settings.recovered_path`; False if it was stopped before its end.
 
     A recovery that was interrupted goes on from its last checkpoint; one that is done is not repeated.
     Raises ValueError or OSError for what a user can mend.
     """
     pruned = load_payload(start)
     made = _made(settings, weights_digest(pruned["model"]))
-    done = _done_before(settings.recovered_path, made)
-    if done is not None:
+    if _done_before(settings.recovered_path, made):
         say(f"{settings.recovered_path}: was recovered by these settings already")
-        perplexity: float | None = done["perplexity"]
-        return perplexity
+        return True
     tuning = finetune_settings(settings, start, pruned, tokenizer, say)
     _claim(Path(tuning.log_dir), made)
 
@@ -66,19 +61,18 @@ def recover(
     summary = finetune(tuning)
     if not summary["finished"]:
         say("Recovery was stopped. The same command goes on with it.")
-        return None
+        return False
     payload = load_checkpoint(summary["checkpoint"])
     model = build_model(payload, summary["checkpoint"]).eval()
     if is_adapter(payload):
         merge(model)
         say(f"LoRA weights merged; the adapter alone: {summary['checkpoint']}")
     check_masks(model, model.masks)
-    perplexity = measured(model)
     about = {key: payload.get(key) for key in ("tokenizer", "template", "step", "val_loss")}
-    about |= {"pruning": pruned.get("pruning"), "recovery": {"made": made, "perplexity": perplexity}}
+    about |= {"pruning": pruned.get("pruning"), "recovery": {"made": made}}
     size = save_checkpoint(settings.recovered_path, model_payload(model, settings.compact, **about))
     say(f"Saved {settings.recovered_path} ({size / 1e6:.1f} MB)")
-    return perplexity
+    return True
 
 
 def finetune_settings(
@@ -152,13 +146,13 @@ def _made(settings: PruneSettings, digest: str) -> dict[str, Any]:
     return {**{name: values[name] for name in names}, "finetune_lr": finetune_lr(settings), "pruned": digest}
 
 
-def _done_before(path: Path, made: dict[str, Any]) -> dict[str, Any] | None:
-    """The entry `recovery` of the recovered model if it is there and this one's; ValueError where it is another's."""
+def _done_before(path: Path, made: dict[str, Any]) -> bool:
+    """Whether the recovered model is there and is this one's; ValueError where it is another's."""
     if not path.exists():
-        return None
+        return False
     entry = load_checkpoint(path).get("recovery")
     if isinstance(entry, dict) and entry.get("made") == made:
-        return entry
+        return True
     before = entry.get("made", {}) if isinstance(entry, dict) else {}
     differing = [f"{name} {before.get(name)} -> {value}" for name, value in made.items() if before.get(name) != value]
     why = f", recovered with other settings ({', '.join(differing[:3])})" if before else ""

@@ -133,10 +133,7 @@ class _Run:
         elif done is None:
             done = self._prune_and_save(model)
         else:
-            self.say(f"{settings.pruned_path}: was made by these settings, the run goes on from it")
-            self.perplexity = dict(done["perplexity"])
-            self._say_perplexity("before pruning", self.perplexity["before"])
-            self._say_perplexity("after pruning", self.perplexity["after"])
+            self._go_on_with(model, done)
         del model
         gc.collect()
         result: dict[str, Any] = {
@@ -146,11 +143,11 @@ class _Run:
             "perplexity": self.perplexity, "protocol": self._protocol,
         }  # fmt: skip
         if settings.finetune:
-            recovered = recovery.recover(settings, start, self._tokenizer, self._measured, self.say)
-            result["finished"] = recovered is not None
-            if recovered is not None:
-                result["recovered"], self.perplexity["recovered"] = settings.recovered_path, recovered
-                self._say_perplexity("after recovery", recovered)
+            result["finished"] = recovery.recover(settings, start, self._tokenizer, self.say)
+            if result["finished"]:
+                result["recovered"] = settings.recovered_path
+                self.perplexity["recovered"] = self._measured_file(settings.recovered_path)
+                self._say_perplexity("after recovery", self.perplexity["recovered"])
         return result
 
     # -- the base ----------------------------------------------------------------------------------------------------
@@ -202,6 +199,9 @@ class _Run:
         value: float | None = found["perplexity"]
         return value
 
+    def _measured_file(self, path: Path) -> float | None:
+        return self._measured(build_model(load_checkpoint(path), path))
+
     def _say_perplexity(self, when: str, value: float | None) -> None:
         self.say(f"PPL {when}: {show(value)}")
 
@@ -225,11 +225,26 @@ class _Run:
         made = entry.get("made", {}) if isinstance(entry, dict) else {}
         wanted = self._made()
         if isinstance(entry, dict) and made == wanted:
-            self._protocol = entry["perplexity"]["protocol"]
             return entry
         differing = [f"{name} {made.get(name)} -> {value}" for name, value in wanted.items() if made.get(name) != value]
         why = f", made with other settings ({', '.join(differing[:3])})" if made else ""
         raise ValueError(f"{path}: is there already{why}: choose another --out or --save_ckpt_log_name")
+
+    def _go_on_with(self, model: GPT, done: dict[str, Any]) -> None:
+        """The pruned model is there: its perplexity too, where it was measured as this run measures."""
+        path = self.settings.pruned_path
+        self.say(f"{path}: was made by these settings, the run goes on from it")
+        self.perplexity = dict(done["perplexity"])
+        if self.perplexity["measured"] == self._measuring():
+            self._protocol = self.perplexity["protocol"]
+        else:
+            self.perplexity |= {"before": self._measured(model), "after": self._measured_file(path)}
+        self._say_perplexity("before pruning", self.perplexity["before"])
+        self._say_perplexity("after pruning", self.perplexity["after"])
+
+    def _measuring(self) -> dict[str, Any]:
+        """What decides the text and the windows of a perplexity, as plain values."""
+        return {name: getattr(self.settings, name) for name in ("eval_text", "eval_samples", "eval_seq_len")}
 
     def _prune_and_save(self, model: GPT) -> dict[str, Any]:
         settings = self.settings
@@ -244,7 +259,8 @@ class _Run:
         self._say_perplexity("after pruning", after)
         if rival is not None:
             self.say(f"The cheap rival, {rival['note']}: PPL {show(rival['perplexity'])}")
-        self.perplexity = {"before": before, "after": after, "protocol": self._protocol}
+        measured = {"protocol": self._protocol, "measured": self._measuring()}
+        self.perplexity = {"before": before, "after": after, **measured}
         entry = {
             "made": self._made(), "base": {"name": settings.base_model, "digest": self._digest},
             "perplexity": self.perplexity, "notes": outcome.notes, "layers": self._layers(outcome), "rival": rival,
@@ -294,7 +310,7 @@ class _Run:
         """What recovery starts from: the base, or where its zeros have no masks a copy of it with masks."""
         before = self._measured(model)
         self._say_perplexity("before recovery", before)
-        self.perplexity = {"before": None, "after": before, "protocol": self._protocol}
+        self.perplexity = {"before": None, "after": before}
         if not self._masked_here:
             return Path(self.settings.base_model)
         path = self.settings.folder / "masked.pt"

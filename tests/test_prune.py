@@ -160,6 +160,8 @@ def test_the_same_command_goes_on_and_another_is_refused(here: Path, capsys: Any
     code, out, _ = prune_command(capsys, "--prune_mlp", "--save_model")
     assert code == 0 and "was made by these settings, the run goes on from it" in out
     assert set(perplexities(out)) == {"before pruning", "after pruning"}
+    code, other, _ = prune_command(capsys, "--prune_mlp", "--save_model", "--eval_samples", 8)
+    assert code == 0 and perplexities(other) != perplexities(out), "measured in another way, it is measured anew"
     error = one_line_error(prune_command(capsys, "--prune_mlp", "--save_model", "--pruning_ratio", 0.3))
     assert "is there already, made with other settings (pruning_ratio 0.25 -> 0.3)" in error
     save_model(here / "model.pt", seed=1)
@@ -433,7 +435,7 @@ SCENARIOS = {
 def test_the_scenarios_of_the_guide_run_as_written(name: str, here: Path, monkeypatch: Any, capsys: Any) -> None:
     """But for the script's name and the model's path: a model of 16 layers of width 32."""
     monkeypatch.setattr("data.cache.resolve_data_dir", lambda at: here / "data" / at)
-    save_model(here / "model.pt", dataclasses.replace(LLAMA, n_layer=16, block_size=512))
+    save_model(here / "model.pt", dataclasses.replace(LLAMA, n_layer=16))
     words = ["--save_ckpt_log_name", name, *SCENARIOS[name].split(), "--save_model", "--test_after_prune", "--finetune"]
     code, out, err = prune_command(capsys, *words, small=False)
     assert code == 0, err
