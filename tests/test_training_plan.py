@@ -140,7 +140,7 @@ def measure(folder: Path, network: GPTConfig, cases: dict[str, dict[str, Any]], 
     save_checkpoint(folder / "base.pt", payload)
     command = [sys.executable, str(ROOT / "tests" / "measured_memory.py"), str(folder), json.dumps(cases)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **environment}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     taken: dict[str, int] = json.loads(done.stdout)
     assert min(taken.values()) > 100e6, "too small to tell from the libraries' own"
