@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from model.masks import Mask, check_masks
-from model.pruning.blocks import BlockSettings, kept_costs, prune_blocks
+from model.pruning.blocks import BlockSettings, prune_blocks, remove_blocks
 from model.pruning.matrices import matrices
-from model.pruning.refit import refit_row_blocks
+from model.pruning.refit import damped, refit_row_blocks
 from model.pruning.sparse import SparseSettings, prune_sparse
 from model.pruning.statistics import collect, gradients
 from tests.model_helpers import GPT2, QWEN3, UNBALANCED, batch, build
@@ -24,25 +24,29 @@ def calibrated(config):
     return model, windows, dict(collect(model, windows, frozen=True)).__getitem__, gradients(model, windows).output
 
 
-def test_a_kept_block_costs_what_the_fit_without_it_loses():
+@pytest.mark.parametrize("columns", [1, 4, 6, 18, 64])
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_what_stays_is_the_least_squares_fit_and_costs_what_the_fit_without_it_loses(columns, share):
+    """Blocks of 4 leave a partial one of 2 inputs; blocks of 64 are the whole row."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(90, 18, generator=g, dtype=torch.float64) @ torch.randn(18, 18, generator=g, dtype=torch.float64)
     second, weight = x.t() @ x / 90, torch.randn(8, 18, generator=g, dtype=torch.float64)
-    bits = torch.tensor([[True, False, True, True, True], [False, False, True, False, True]])  # the last: 2 columns
-    mask = Mask((8, 18), (4, 4), bits)
-    whole = second + 0.01 * second.diagonal().mean() * torch.eye(18, dtype=torch.float64)
+    bits = torch.rand(3, -(-18 // columns), generator=g) >= share
+    mask = Mask((8, 18), (3, columns), bits)
+    whole = damped(second, 0.01)
 
     def loss(kept):
         d = refit_row_blocks(weight, second, kept) - weight
         return ((d @ whole) * d).sum(dim=1)
 
-    costs = kept_costs(refit_row_blocks(weight, second, mask), second, mask, 0.01)
-    for i, j in bits.nonzero().tolist():
-        without = bits.clone()
+    fitted, costs = remove_blocks(weight, torch.linalg.inv(whole), mask)
+    torch.testing.assert_close(fitted, refit_row_blocks(weight, second, mask))
+    assert not fitted[~mask.dense()].any(), "zeros are exact"
+    for i, j in torch.cartesian_prod(torch.arange(3), torch.arange(bits.size(1))).tolist():
+        rows, without = slice(3 * i, 3 * i + 3), bits.clone()
         without[i, j] = False
-        rise = loss(Mask((8, 18), (4, 4), without)) - loss(mask)
-        torch.testing.assert_close(costs[4 * i : 4 * i + 4, j], rise[4 * i : 4 * i + 4])
-    assert not costs[:4, 1].any() and not costs[4:, [0, 1, 3]].any()
+        rise = loss(Mask((8, 18), (3, columns), without)) - loss(mask)
+        torch.testing.assert_close(costs[rows, j], rise[rows])
 
 
 @CONFIGS

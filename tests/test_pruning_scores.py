@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.pruning.scores import block_sums, fisher_squares, magnitude, ria, row_costs, wanda
+from model.pruning.scores import block_sums, fisher_squares, magnitude, ria, wanda
 
 
 def matrix_and_inputs(out=12, into=20, tokens=60, seed=0):
@@ -36,24 +36,6 @@ def test_the_relative_importance_of_an_empty_row_or_column_is_zero_not_nan():
     weight[:, 5] = 0.0
     scores = ria(weight, x.square().mean(dim=0).sqrt())
     assert scores.isfinite().all() and not scores[2].any() and not scores[:, 5].any()
-
-
-@pytest.mark.parametrize("columns", [1, 4, 6, 20, 64])
-def test_a_block_costs_what_the_least_squares_fit_without_it_loses(columns):
-    """Blocks of 6 leave a partial one of 2; blocks of 64 are the whole row."""
-    weight, x = matrix_and_inputs()
-    weight, x = weight.double(), x.double()
-    second, damping = x.t() @ x / len(x), 0.01
-    damped = second + damping * second.diagonal().mean() * torch.eye(20, dtype=torch.float64)
-    costs = row_costs(weight, second, columns, damping)
-    assert costs.shape == (12, -(-20 // columns))
-    for block in range(costs.size(1)):
-        kept = [c for c in range(20) if c // columns != block]
-        fitted = torch.zeros_like(weight)
-        if kept:
-            fitted[:, kept] = torch.linalg.solve(damped[kept][:, kept], damped[kept] @ weight.t()).t()
-        lost = weight - fitted
-        torch.testing.assert_close(costs[:, block], ((lost @ damped) * lost).sum(dim=1))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

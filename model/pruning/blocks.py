@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.gpt import GPT
@@ -26,9 +27,9 @@ from model.pruning.matrices import layer_matrices, matrices
 from model.pruning.orders import find_orders
 from model.pruning.patterns import block_mask, block_sizes
 from model.pruning.permute import permute_, permute_gradients, permute_statistics
-from model.pruning.refit import damped, refit_row_blocks
-from model.pruning.scores import block_sums, fisher_squares, row_costs
-from model.pruning.statistics import Gradients, LayerStatistics
+from model.pruning.refit import cholesky, damped
+from model.pruning.scores import block_sums, fisher_squares
+from model.pruning.statistics import SITE_OF, Gradients, LayerStatistics
 
 Statistics = Callable[[int], LayerStatistics]
 ROUNDS = (0.4, 0.7, 0.9, 1.0)  # of the share that is to go: the later a round, the less it takes
@@ -89,30 +90,31 @@ def _remove_(
     model: GPT, statistics: Statistics, output: dict[str, Tensor], settings: BlockSettings, old: dict[str, Tensor]
 ) -> Masks:
     """Removes blocks in rounds, each time re-fitting the others, from the weights as they were at first."""
-    linears = matrices(model, settings.layers)
-    whole = {name: module.weight.clone() for name, module in linears.items()}
     block = (settings.size, settings.size)
-    gone = {name: block_sums(old[f"{name}.weight"].float(), *block) == 0 for name in linears if f"{name}.weight" in old}
+    whole = {name: module.weight.clone() for name, module in matrices(model, settings.layers).items()}
+    gone = {name: block_sums(old[f"{name}.weight"].float(), *block) == 0 for name in whole if f"{name}.weight" in old}
     costs: dict[str, Tensor] = {}
-    for layer in settings.layers:
-        own = statistics(layer)
-        for linear, module in layer_matrices(model, layer):
-            second = own.of(linear).second
-            costs[f"h.{layer}.{linear}"] = row_costs(module.weight, second, settings.size, settings.damping)
     masks: Masks = {}
-    rounds = (1.0,) if old else ROUNDS
-    for part in rounds:
-        bits = _choose(costs, output, whole, gone, part * settings.sparsity, settings)
-        gone = {name: ~kept for name, kept in bits.items()}
+    # What cuts through blocks is re-fitted weight by weight: too slow for more than one round.
+    for part in (0.0, 1.0) if old else (0.0, *ROUNDS):
+        if part:
+            bits = _choose(costs, output, whole, gone, part * settings.sparsity, settings)
+            gone = {name: ~kept for name, kept in bits.items()}
+            masks = {
+                f"{name}.weight": block_mask(bits[name], _shape(weight), block, old.get(f"{name}.weight"))
+                for name, weight in whole.items()
+            }
         for layer in settings.layers:
+            inverses: dict[str, Tensor] = {}
             own = statistics(layer)
             for linear, module in layer_matrices(model, layer):
-                name, second = f"h.{layer}.{linear}", own.of(linear).second
-                shape = (module.out_features, module.in_features)
-                mask = masks[f"{name}.weight"] = block_mask(bits[name], shape, block, old.get(f"{name}.weight"))
-                module.weight.copy_(refit_row_blocks(whole[name], second, mask, settings.damping))
-                if part < 1.0:
-                    costs[name] = kept_costs(module.weight, second, mask, settings.damping)
+                name, site = f"h.{layer}.{linear}", SITE_OF[linear]
+                if site not in inverses:
+                    second = damped(own.of(linear).second, settings.damping)
+                    inverses[site] = torch.cholesky_inverse(cholesky(second))
+                mask = masks.get(f"{name}.weight", Mask.of(torch.ones_like(whole[name], dtype=torch.bool), block))
+                weight, costs[name] = remove_blocks(whole[name], inverses[site], mask)
+                module.weight.copy_(weight)
     return masks
 
 
@@ -139,18 +141,36 @@ def _choose(
     return dict(zip(costs, kept))
 
 
-def kept_costs(weight: Tensor, second: Tensor, mask: Mask, damping: float) -> Tensor:
-    """`row_costs` when only the inputs that `mask` keeps can make up for a block: (out, block columns), else 0.
+def remove_blocks(weight: Tensor, inverse: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+    """weight (out, in) without the blocks that `mask` removes, the others re-fitted, and what each of those costs now.
 
-    weight (out, in) is as `refit_row_blocks` leaves it.
+    inverse (in, in) is P, of the damped second moment of all inputs. When the inputs D go, the rest of a row becomes
+    w - w_D P_DD^-1 P_D, which is its least-squares fit, and P itself P - P_:D P_DD^-1 P_D:, so one small Cholesky
+    factor for all rows with the same D gives both: Optimal Brain Surgeon (Hassibi and Stork 1993) for many weights at
+    once. The costs (out, block columns) are w_B (P_BB)^-1 w_B^T with the new w and P, 0 for what is gone.
     """
     rows, columns = mask.block
-    whole = damped(second, damping)
-    costs = weight.new_zeros(weight.size(0), mask.bits.size(1))
+    into = weight.size(1)
+    fitted = F.pad(weight.to(inverse.dtype), (0, -into % columns))  # the last block made whole by inputs of no effect
+    inverse = torch.block_diag(inverse, torch.eye(-into % columns, dtype=inverse.dtype, device=inverse.device))
+    diagonal = inverse.unflatten(0, (-1, columns)).unflatten(2, (-1, columns)).diagonal(dim1=0, dim2=2)
+    costs = fitted.new_zeros(fitted.size(0), mask.bits.size(1))
     for bits in mask.bits.unique(dim=0):
-        own = (mask.bits == bits).all(dim=1).repeat_interleave(rows)[: weight.size(0)].nonzero().squeeze(1)
-        kept = bits.repeat_interleave(columns)[: weight.size(1)].nonzero().squeeze(1)
-        if len(kept):
-            left = row_costs(weight[own][:, kept], whole[kept][:, kept], columns, damping=0.0)
-            costs[own.unsqueeze(1), bits.nonzero().squeeze(1)] = left.to(costs.dtype)
-    return costs
+        own = (mask.bits == bits).all(dim=1).repeat_interleave(rows)[: len(fitted)].nonzero().squeeze(1)
+        lost = (~bits).repeat_interleave(columns).nonzero().squeeze(1)  # D
+        factor = cholesky(inverse[lost][:, lost])
+        half = torch.linalg.solve_triangular(factor, inverse[lost], upper=False)  # (D, in)
+        row = fitted[own]
+        row -= torch.linalg.solve_triangular(factor, row[:, lost].t(), upper=False).t() @ half
+        row[:, lost] = 0.0
+        fitted[own] = row
+        half = half.unflatten(1, (-1, columns)).permute(1, 2, 0)  # (blocks, columns, D)
+        left = (diagonal.permute(2, 0, 1) - half @ half.transpose(1, 2))[bits]
+        parts = row.unflatten(1, (-1, columns)).permute(1, 2, 0)[bits]  # (kept blocks, columns, own)
+        squares = torch.linalg.solve_triangular(cholesky(left), parts, upper=False).square().sum(dim=1)
+        costs[own.unsqueeze(1), bits.nonzero().squeeze(1)] = squares.t()
+    return fitted[:, :into].to(weight.dtype), costs
+
+
+def _shape(weight: Tensor) -> tuple[int, int]:
+    return weight.size(0), weight.size(1)

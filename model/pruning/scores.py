@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.pruning.refit import cholesky, damped
-
 
 def magnitude(weight: Tensor) -> Tensor:
     """|w| (out, in): what needs no text."""
@@ -41,30 +39,6 @@ def fisher_squares(weight: Tensor, second: Tensor, output: Tensor) -> Tensor:
     output (out,) is g, the mean over tokens of (dL / dy_r)^2: the Fisher matrix as its outputs' diagonal times H.
     """
     return output.unsqueeze(1) * weight.square() * second.diagonal()
-
-
-def row_costs(weight: Tensor, second: Tensor, columns: int, damping: float = 0.01) -> Tensor:
-    """w_B (P_BB)^-1 w_B^T for each row and each block B of `columns` inputs, P = (H + lambda I)^-1: (out, blocks).
-
-    The rise of a row's squared output error when the block goes and all else in the row is re-fitted: Optimal Brain
-    Surgeon (Hassibi and Stork 1993) for a block instead of a weight. The last block takes what is left.
-    """
-    inverse = torch.cholesky_inverse(cholesky(damped(second, damping)))  # (in, in)
-    weight = weight.to(second.dtype)
-    whole = weight.size(1) // columns
-    edge = whole * columns
-    costs = []
-    if whole:
-        blocks = inverse[:edge, :edge].view(whole, columns, whole, columns).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        costs.append(_squares_over(blocks, weight[:, :edge].unflatten(1, (whole, columns)).permute(1, 2, 0)))
-    if edge < weight.size(1):
-        costs.append(_squares_over(inverse[None, edge:, edge:], weight[None, :, edge:].transpose(1, 2)))
-    return torch.cat(costs).t()
-
-
-def _squares_over(blocks: Tensor, parts: Tensor) -> Tensor:
-    """w^T block^-1 w for every column w of parts (N, d, out) and block (N, d, d): (N, out)."""
-    return torch.linalg.solve_triangular(cholesky(blocks), parts, upper=False).square().sum(dim=1)
 
 
 def block_sums(scores: Tensor, rows: int, columns: int) -> Tensor:
