@@ -74,13 +74,8 @@ def chosen(name: str, values: list[str]) -> str | None:
     return choice.values[word]
 
 
-def load_yaml(path: str, cls: type) -> dict[str, list[str] | None]:
-    """The settings in a YAML file under our names: each one's words as they stand there, None for null.
-
-    Words, not YAML's values, go to the parser of the flags: so `1e-4` is a number (YAML 1.1 wants `1.0e-4`), 1e3 a
-    whole one, `compile: on` no bool, and a folder named 1e-4 keeps its name. Raises ValueError for what `cls` does
-    not know.
-    """
+def read_yaml(path: str) -> yaml.MappingNode | None:
+    """The nodes of a settings file, None for an empty one. Raises ValueError for what is not lines of `name: value`."""
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"--config {path}: no such file")
@@ -88,10 +83,22 @@ def load_yaml(path: str, cls: type) -> dict[str, list[str] | None]:
         root = yaml.compose(file.read_text("utf-8"), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"--config {path}: expected `name: value` lines, found a list or a single value")
+    return root
+
+
+def load_yaml(path: str, cls: type, beside: Sequence[str] = ()) -> dict[str, list[str] | None]:
+    """The settings in a YAML file under our names: each one's words as they stand there, None for null.
+
+    Words, not YAML's values, go to the parser of the flags: so `1e-4` is a number (YAML 1.1 wants `1.0e-4`), 1e3 a
+    whole one, `compile: on` no bool, and a folder named 1e-4 keeps its name. Sections named in `beside` are for others
+    to read. Raises ValueError for what `cls` does not know.
+    """
+    root = read_yaml(path)
     if root is None:
         return {}
-    if not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"--config {path}: expected `name: value` lines, found a list or a single value")
+    root.value = [(key, value) for key, value in root.value if key.value not in beside]
     known = field_names(cls)
     values: dict[str, list[str] | None] = {}
     try:
@@ -105,6 +112,16 @@ def load_yaml(path: str, cls: type) -> dict[str, list[str] | None]:
     sections = [key.value for key, value in root.value if isinstance(value, yaml.MappingNode)]
     implied = {name: value for section in sections for name, value in IMPLIED.get(section, {}).items() if name in known}
     return {**{name: [value] for name, value in implied.items()}, **values}
+
+
+def from_words(cls: type[S], values: dict[str, list[str] | None]) -> S:
+    """Settings from words under our names, as `load_yaml` gives them; they count as explicit, not as flags.
+
+    Raises ValueError for a value that its setting does not take.
+    """
+    settings = _read(cls, [word for name in values for word in _words(cls, name, values[name])], "")
+    object.__setattr__(settings, "explicit_names", frozenset(values))
+    return settings
 
 
 def _entries(root: yaml.MappingNode) -> Iterator[tuple[str, str, yaml.Node]]:
@@ -232,7 +249,7 @@ def parse(cls: type[S], argv: Sequence[str] | None = None, *, description: str =
     Raises ValueError for unknown names and wrong values; SystemExit(0) after --help and --print_config.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    config = _take(words, "--config")
+    config = None if "config" in field_names(cls) else _take(words, "--config")  # a script may read its file itself
     print_config = "--print_config" in words
     words = [word for word in words if word != "--print_config"]
     asks_help = any(word in ("-h", "--help") for word in words)
