@@ -52,6 +52,7 @@ FIELD_NAMES = frozenset(
 )
 _TURNS = ("conversations", "messages")
 _BLANK_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
+_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 class Sample(NamedTuple):
@@ -167,9 +168,12 @@ def _pair(row: dict[str, Any], where: str) -> Sample:
     for name in ("chosen", "rejected"):
         if row.get(name) is None:
             raise ValueError(f"{where}: the record has no {name!r}; found {fields_of(row)}"[:400])
-        if not has_prompt and isinstance(row[name], str):
-            raise ValueError(f"{where}: the record has no 'prompt'; found {fields_of(row)}"[:400])
-        answer = _turns(row[name], where, name, "assistant")
+        said = row[name]
+        if not has_prompt and isinstance(said, str):
+            said = _transcript(said)
+            if not said:
+                raise ValueError(f"{where}: the record has no 'prompt'; found {fields_of(row)}"[:400])
+        answer = _turns(said, where, name, "assistant")
         is_whole = answer[: len(prompt)] == prompt or (answer and answer[0]["role"] in ("system", "user"))
         whole.append(_checked(answer if is_whole else [*prompt, *answer], f"{where}: {name}"))
     chosen, rejected = whole
@@ -179,6 +183,15 @@ def _pair(row: dict[str, Any], where: str) -> Sample:
     if not all(rest and rest[0]["role"] == "assistant" for rest in parting):
         raise ValueError(f"{where}: 'chosen' and 'rejected' do not part at an answer, expected one question for both")
     return Sample(where, chosen, rejected)
+
+
+def _transcript(text: str) -> list[Message]:
+    """Turns of a conversation written as one text, in the form of Anthropic's HH pairs; none if it is not one."""
+    before, *parts = _SPEAKER.split(text)
+    if before.strip():
+        return []
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2])]
 
 
 def shared_answers(one: list[Message], other: list[Message]) -> int:

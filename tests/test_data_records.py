@@ -261,3 +261,22 @@ def test_any_row_is_a_sample_or_one_line(given: tuple[str, Any]) -> None:
 
 def test_every_format_has_a_kind() -> None:
     assert set(FORMATS) == {"auto", *KINDS}
+
+
+def test_a_pair_may_be_two_transcripts_that_share_their_question() -> None:
+    begin = "\n\nHuman: Is it\n\nold?\n\nAssistant: Very.\n\nHuman: How old?\n\nAssistant:"
+    row = {"chosen": f"{begin} 90: years.", "rejected": f"{begin} No Human: knows."}
+    sample = sample_of(row, "preference", "line 1")
+    roles = ["user", "assistant", "user", "assistant"]
+    question = ["Is it\n\nold?", "Very.", "How old?"]
+    for messages, answer in ((sample.messages, "90: years."), (sample.rejected, "No Human: knows.")):
+        assert [(m["role"], m["content"]) for m in messages or []] == list(zip(roles, [*question, answer]))
+    for text in ("Human said so", "A word first.\n\nHuman: Hm?\n\nAssistant: Hm."):
+        with pytest.raises(ValueError, match="has no 'prompt'"):
+            sample_of({"chosen": text, "rejected": "Human: a\n\nAssistant: b"}, "preference", "line 1")
+    with pytest.raises(ValueError, match="line 1"):
+        sample_of(
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},
+            "preference",
+            "line 1",
+        )
