@@ -126,7 +126,9 @@ def test_whole_layers_go(capsys: Any) -> None:
 
 
 def test_a_range_of_layers_bounds_what_goes(capsys: Any) -> None:
-    prune_command(capsys, "--prune_mlp", "--layer_start", 1, "--layer_end", 2, "--out", "middle.pt")
+    prune_command(
+        capsys, "--prune_mlp", "--layer_start", 1, "--layer_end", 2, "--budget", "flops", "--out", "middle.pt"
+    )
     rows = load_checkpoint("middle.pt")["pruning"]["layers"]
     assert [row["mlp"][0] < row["mlp"][1] for row in rows] == [False, True, False]
 
