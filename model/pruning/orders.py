@@ -103,7 +103,7 @@ Squares = Callable[[int], dict[str, Tensor]]  # layer -> what each weight costs,
 
 @torch.no_grad()
 def find_orders(
-    config: GPTConfig, squares: Squares, size: int, sparsity: float, sweeps: int = 3, turns: int = 2
+    config: GPTConfig, squares: Squares, size: int, sparsity: float, sweeps: int = 2, turns: int = 2
 ) -> Orders:
     """Orders of all units of a network for blocks of size x size, of which a share `sparsity` is to go."""
     orders = _sorted_orders(config, squares)
