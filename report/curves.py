@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from report.files import write_file
+from report.records import is_finite, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,34 +52,9 @@ PANELS = (
 OWN_PER_ROW = 4  # panels of the objective's own metrics
 
 
-def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The records of `run_dir/metrics.jsonl`, in file order. A torn last line (a killed writer) is left out.
-
-    Raises ValueError (OSError where the file cannot be read) naming file and line for anything else that is broken.
-    """
-    path = Path(run_dir) / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:  # broken JSON, or UTF-8 cut in the middle of a character
-            if number == len(lines):  # no newline after it: the writer died here
-                break
-            raise ValueError(f"{path}:{number}: not JSON ({error}); remove the line or start the run again") from error
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise ValueError(f"{path}:{number}: expected an object with an integer 'step', found {line[:60]!r}")
-        records.append(record)
-    if not records:
-        raise ValueError(f"{path}: holds no finished line yet; curves need at least one logged step")
-    return records
-
-
 def series(records: Sequence[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of the records that hold a finite number under `key`; both float64 of shape (n,)."""
-    points = [(record["step"], record[key]) for record in records if _is_finite(record.get(key))]
+    points = [(record["step"], record[key]) for record in records if is_finite(record.get(key))]
     steps, values = zip(*points) if points else ((), ())
     return np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
 
@@ -207,10 +181,6 @@ def _label_steps(axes: Axes, ticks: int = 6) -> None:
     left, right = axes.dataLim.intervalx
     margin = 0.02 * (right - left) if right > left else 1.0  # a single step stands in the middle
     axes.set_xlim(left - margin, right + margin)
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _style() -> Any:

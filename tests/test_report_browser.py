@@ -1,14 +1,18 @@
-"""The comparison page in a real browser: what its reader does with keys and controls, and that no text ever runs."""
+"""The pages in a real browser: what their reader does with keys and controls, and that no text ever runs."""
 
 import json
 import time
+from itertools import pairwise
 
 import pytest
 
 from report.compare import compare_page
+from report.run import run_page
 from report.votes import read_votes, sign_test, votes_report
 from tests.browser import Browser, needs_browser
 from tests.test_report_compare import HOSTILE, make_comparison
+from tests.test_report_live import served
+from tests.test_report_run import a_run
 
 pytestmark = needs_browser
 
@@ -253,3 +257,142 @@ def test_one_checkpoint_needs_no_vote_and_no_columns(browser, tmp_path):
     assert browser.run("byId('blind') === null && columns.length === 0 && byId('shown').textContent") == "2 prompts"
     choose(browser, "sort", "worst")
     assert browser.complaints() == []
+
+
+# ---- the page of runs
+
+
+def two_runs(tmp_path):
+    return [a_run(tmp_path / "first"), a_run(tmp_path / "second", steps=12, max_lr=5e-4)]
+
+
+@pytest.fixture
+def runs(browser, tmp_path):
+    browser.show()
+    browser.open(run_page(two_runs(tmp_path), tmp_path / "runs.html").as_uri())
+    yield browser
+    assert browser.complaints() == []
+    assert [url for url in browser.requests() if not url.startswith("file:")] == []
+
+
+def paths(browser, panel=0):
+    return browser.run(f"boxes[{panel}].svg.querySelectorAll('path').length")
+
+
+def test_curves_are_drawn_for_each_run_and_each_metric(runs):
+    assert runs.run("boxes.map((box) => box.panel.key)") == ["loss", "lr", "grad_norm", "tokens_per_s"]
+    assert [paths(runs, panel) for panel in range(4)] == [4, 2, 2, 2]  # training and validation of both; then one each
+    assert runs.run("boxes[0].svg.querySelectorAll('circle').length") == 6 + 12 + 3 + 3
+    inside = (
+        "boxes.every(({ svg }) => Array.from(svg.querySelectorAll('circle')).every((dot) =>"
+        " { const [x, y] = [dot.cx.baseVal.value, dot.cy.baseVal.value];"
+        " return x >= 0 && x <= svg.clientWidth && y >= 0 && y <= svg.clientHeight; }))"
+    )
+    assert runs.run(inside)
+
+
+def test_points_stand_where_their_values_are(runs):
+    """The first run's loss falls by 1/6 a step: equal distances, and as high as its axis says."""
+    points = runs.run(
+        "Array.from(boxes[0].svg.querySelector('g').querySelectorAll('circle'),"
+        " (dot) => [dot.cx.baseVal.value, dot.cy.baseVal.value])"
+    )
+    for axis in (0, 1):
+        gaps = [b[axis] - a[axis] for a, b in pairwise(points)]
+        assert max(gaps) - min(gaps) < 0.01 and gaps[0] > 5
+    labels = runs.run(
+        "Array.from(boxes[0].svg.querySelectorAll('text')).filter((text) => text.getAttribute('text-anchor') === 'end')"
+        ".map((text) => [Number(text.textContent), Number(text.getAttribute('y')) - 4]).filter(([v]) => v < 6)"
+    )
+    per_unit = (labels[1][1] - labels[0][1]) / (labels[1][0] - labels[0][0])
+    assert points[0][1] == pytest.approx(labels[0][1] + per_unit * (5.0 - labels[0][0]), abs=0.1)
+
+
+def test_the_pointer_reads_values_off(runs):
+    x, y = runs.run(
+        "(({ svg, scale }) => { const place = svg.getBoundingClientRect();"
+        " return [place.left + scale.x(4), place.top + 50]; })(boxes[0])"
+    )
+    runs.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    said = runs.run("boxes[0].readout.innerText").replace("\n", " ")
+    assert said.startswith("step 4") and "first 4.3333" in said and "first, validation 4.2" in said
+    assert runs.run("boxes[0].cursor.getAttribute('visibility')") == "visible"
+    runs.send("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
+    assert runs.run("boxes[0].readout.innerText").startswith("at the end")
+
+
+def test_runs_axes_and_smoothing_can_be_chosen(runs):
+    runs.press("1")
+    assert paths(runs) == 2
+    runs.press("2")  # the last one stays
+    assert paths(runs) == 2 and runs.run("runBoxes.map((box) => box.checked)") == [False, True]
+    runs.press("1")
+    choose(runs, "smoothing", "10")
+    assert paths(runs) == 6 and runs.run("byId('window').textContent") == "10%"
+    runs.press("l")
+    assert runs.run("boxes[0].scale.logarithmic")
+    runs.press("x")
+    assert runs.run("byId('axis').value") == "t" and paths(runs) == 6
+    assert runs.run("smooth([1, 2, 9, 2, 1], 1).map((value) => Math.round(value * 100))") == [150, 400, 433, 400, 150]
+
+
+def test_ticks_are_round_and_lie_between_the_ends(runs):
+    assert runs.run("ticks(0, 100, 5)") == [0, 20, 40, 60, 80, 100]
+    assert runs.run("ticks(3.1, 4.4, 4).map((tick) => Number(tick.toFixed(6)))") == [3.5, 4]
+    assert runs.run("ticks(0, 3, 10, false, true)") == [0, 1, 2, 3]  # steps are whole
+    assert runs.run("ticks(0.5, 60, 4, true)") == [0.5, 1, 2, 5, 10, 20, 50]
+    assert runs.run("[0.0001, 0, 5, 1234.5, 12345, 2.5e6, 3e9].map(format)") == [
+        *("1.0e\u22124", "0", "5", "1235", "12.3k", "2.5M", "3B")
+    ]
+
+
+def test_runs_on_a_phone_fit_the_screen(runs):
+    runs.show(width=375, height=700, mobile=True)
+    assert runs.run("new Promise((done) => requestAnimationFrame(() => setTimeout(done, 50)))") is None
+    assert runs.run("document.documentElement.scrollWidth") <= 375
+    assert runs.run("boxes[0].svg.clientWidth") < 375
+    runs.show()
+
+
+def test_no_text_of_a_run_runs(browser, tmp_path):
+    folder = a_run(tmp_path / "run", **{HOSTILE[0]: HOSTILE[1]})
+    samples = [{"step": 0, "prompt": text, "text": text} for text in HOSTILE]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    (folder / "training.log").write_text("".join(f"Warning: {text!r}\n" for text in HOSTILE))
+    metrics = [{"step": step, "loss": 1.0, **{f"x/{text}": 1.0 for text in HOSTILE}} for step in range(3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in metrics))
+    browser.open(run_page(folder).as_uri())
+    assert browser.run("document.title") == "run: a run"
+    assert browser.run("boxes.length") == 1 + len(HOSTILE)
+    assert browser.run("boxes.map((box) => box.element.querySelector('h2').textContent)")[1:] == [
+        f"x/{text}" for text in HOSTILE
+    ]
+    assert browser.run("document.querySelectorAll('img').length") == 0 and browser.complaints() == []
+
+
+def test_a_living_run_is_followed(browser, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with served(folder) as port:
+        browser.open(f"http://127.0.0.1:{port}/")
+        browser.wait_for("document.querySelector('.checkpoint')?.innerText.includes('no step is logged yet')")
+        (folder / "metrics.jsonl").write_text(
+            '{"step": 0, "loss": 3.0}\n{"step": 1, "loss": 2.5, "skipped": true}\n{"st'
+        )
+        browser.run("ask()")
+        assert browser.run("boxes[0].readout.innerText").endswith("2.5")
+        assert "not finite: step 1" in browser.run("byId('warnings').innerText")
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write('ep": 2, "loss": 2.0, "lr": 0.1}\n')
+        browser.run("ask()")
+        assert browser.run("boxes.map((box) => box.readout.innerText.split(/\\s/).at(-1))") == ["2", "0.1"]
+        (folder / "metrics.jsonl").write_text("broken\n{}\n")
+        browser.run("ask()")
+        assert "metrics.jsonl:1: not JSON" in browser.run("byId('state').innerText")
+        assert browser.run("boxes.length") == 2  # what was known stays
+        assert browser.complaints() in (
+            [],
+            ["Failed to load resource: the server responded with a status of 404 (Not Found)"],
+        )
+    browser.run("ask()")
+    assert "No answer from the server" in browser.run("byId('state').innerText")
