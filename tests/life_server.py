@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import report.curves as curves  # noqa: E402
+import report.run as pages  # noqa: E402
 import training.launch as launch  # noqa: E402
 import training.stop as stop  # noqa: E402
 from model.config import PRESETS  # noqa: E402
@@ -60,6 +61,7 @@ def live(request: dict[str, Any], rank: int, box: BlackBox) -> int:
     put(stop, FORWARDED_S=request["forwarded_s"])
     if not request["plots"]:  # a picture takes as long as the rest of a life
         put(curves, plot_curves=lambda folder: (folder / "curves.png").write_bytes(b""))
+        put(pages, run_page=lambda folder: (folder / "run.html").write_bytes(b""))
     try:
         settings = settings_of(request)
         summary = launch.finetune(settings) if isinstance(settings, FinetuneSettings) else launch.pretrain(settings)

@@ -1,4 +1,4 @@
-"""Whole runs in this process, without the picture at the end, and what they left; spies and poison for them."""
+"""Whole runs in this process, without the pictures at the end, and what they left; spies and poison for them."""
 
 from __future__ import annotations
 
@@ -21,15 +21,25 @@ from training.launch import finetune, pretrain
 BARE: dict[str, Any] = {"eval_interval": 0, "generate_interval": 0, "checkpoint_interval": 0}
 
 
+@contextmanager
+def without_pictures() -> Iterator[None]:
+    """Curves and page would be half of a tiny run's time."""
+    with (
+        mock.patch("report.curves.plot_curves", lambda folder: folder / "curves.png"),
+        mock.patch("report.run.run_page", lambda folder: folder / "run.html"),
+    ):
+        yield
+
+
 def train(data_dir: Path, log_dir: Path, **changes: Any) -> dict[str, Any]:
     """A tiny pretraining; its summary."""
-    with mock.patch("report.curves.plot_curves", lambda folder: folder / "curves.png"):  # half of a tiny run's time
+    with without_pictures():
         return pretrain(train_settings(data_dir, log_dir, **changes))
 
 
 def tune(data_dir: Path, log_dir: Path, pretrained: Path, **changes: Any) -> dict[str, Any]:
     """A tiny fine-tuning; its summary."""
-    with mock.patch("report.curves.plot_curves", lambda folder: folder / "curves.png"):
+    with without_pictures():
         return finetune(finetune_settings(data_dir, log_dir, pretrained, **changes))
 
 

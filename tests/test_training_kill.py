@@ -38,6 +38,7 @@ RUN_FILES = {
     "config.yaml",
     "curves.png",
     "metrics.jsonl",
+    "run.html",
     "samples.jsonl",
     "status.json",
     "training.log",

@@ -15,7 +15,19 @@ import yaml
 from formats.checkpoint import is_full, load_checkpoint
 from formats.open_model import open_model
 from tests.full_checkpoints import same
-from tests.runs import BARE, log, losses, records, spied_batches, status, steps_on_disk, train, tune, weights
+from tests.runs import (
+    BARE,
+    log,
+    losses,
+    records,
+    spied_batches,
+    status,
+    steps_on_disk,
+    train,
+    tune,
+    weights,
+    without_pictures,
+)
 from tests.tiny import record_set, text_set, tiny_preset, train_settings
 from training.run_settings import TrainSettings
 from training.settings import field_names, parse
@@ -159,9 +171,11 @@ def test_files_of_a_finished_run(text: Path, tmp_path: Path) -> None:
     summary = pretrain(train_settings(text, tmp_path))  # with its picture
     assert {file.name for file in tmp_path.iterdir()} == {
         "model_00003.pt", "model_00006.pt", "model_00007.pt", "best.pt",
-        "metrics.jsonl", "samples.jsonl", "training.log", "config.yaml", "status.json", "curves.png", ".lock",
+        "metrics.jsonl", "samples.jsonl", "training.log", "config.yaml", "status.json", "curves.png", "run.html",
+        ".lock",
     }  # fmt: skip
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert b"a run</h1>" in (tmp_path / "run.html").read_bytes()
     assert json.loads((tmp_path / "status.json").read_text()) == {"state": "finished", "step": 7}
     assert summary["finished"] and summary["step"] == 7 and summary["checkpoint"] == str(tmp_path / "model_00007.pt")
 
@@ -241,11 +255,9 @@ def test_config_yaml_alone_repeats_the_run(text: Path, tmp_path: Path) -> None:
     assert set(values) == set(field_names(TrainSettings))
     assert values["max_steps"] == again.max_steps == 5 and values["warmup_steps"] == 2
 
-    from unittest import mock
-
     from training.launch import pretrain
 
-    with mock.patch("report.curves.plot_curves", lambda folder: folder / "curves.png"):
+    with without_pictures():
         pretrain(again)
     assert losses(second) == losses(first) and len(losses(first)) == 5
     assert same(dict(weights(second, 4)), dict(weights(first, 4)))

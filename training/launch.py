@@ -25,9 +25,9 @@ from training.network import Network, build_network
 from training.objectives.build import build_objective, check_data
 from training.objectives.objective import Objective
 from training.optimizer import build_optimizers, load_optimizer_state
-from training.plan import out_of_memory, show_plan
+from training.plan import OutOfMemory, out_of_memory, show_plan
 from training.progress import Progress
-from training.recorder import Recorder
+from training.recorder import Abandoned, Recorder, Watch
 from training.run_folder import RunFolder
 from training.run_settings import FinetuneSettings, RunSettings, TrainSettings
 from training.runtime import Runtime, choose_runtime
@@ -55,15 +55,16 @@ def pretrain(settings: TrainSettings) -> dict[str, Any]:
     return _run(settings)
 
 
-def finetune(settings: FinetuneSettings) -> dict[str, Any]:
+def finetune(settings: FinetuneSettings, watch: Watch | None = None) -> dict[str, Any]:
     """Tune a pretrained model on instruction shards (or a JSONL of records); returns a summary.
 
-    Raises ValueError or OSError for what a user can mend.
+    `watch` is told each logged step, validation losses among them, and may end a run of one process by raising
+    Abandoned. Raises ValueError or OSError for what a user can mend.
     """
-    return _run(settings)
+    return _run(settings, watch)
 
 
-def _run(settings: RunSettings) -> dict[str, Any]:
+def _run(settings: RunSettings, watch: Watch | None = None) -> dict[str, Any]:
     here = setup_distributed(settings.device)
     console, folder = Console(here.is_main), RunFolder(settings.log_dir)
     settings = with_preset_defaults(settings)
@@ -74,11 +75,14 @@ def _run(settings: RunSettings) -> dict[str, Any]:
             if here.is_main:
                 folder.open()
             here.barrier()
-            return _Run(settings, here, console, folder, stop).run()
+            return _Run(settings, here, console, folder, stop, watch).run()
+    except Abandoned as reason:
+        folder.write_status("stopped", reason=str(reason))
+        raise
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # as a CPU says
             raise
-        raise ValueError(out_of_memory(settings, here.device, here.world_size, error)) from None
+        raise OutOfMemory(out_of_memory(settings, here.device, here.world_size, error)) from None
     finally:
         console.close()
         folder.close()
@@ -89,8 +93,16 @@ class _Run:
     """Puts a run together, one concern a method, in the order in which they are called."""
 
     def __init__(
-        self, settings: RunSettings, here: Dist, console: Console, folder: RunFolder, stop: StopRequest
+        self,
+        settings: RunSettings,
+        here: Dist,
+        console: Console,
+        folder: RunFolder,
+        stop: StopRequest,
+        watch: Watch | None,
     ) -> None:
+        self.watch = watch
+        assert watch is None or here.world_size == 1, "a watcher speaks for one process"
         self.settings, self.here, self.console, self.folder, self.stop = settings, here, console, folder, stop
         self.say = console.say
 
@@ -130,7 +142,9 @@ class _Run:
         if start.goes_on_in(self.folder) and progress.finished_step:
             saver.saved_step = progress.step
         wandb = self._wandb(progress)
-        recorder = Recorder(self.settings, plan, self.folder, self.console, self.tokenizer, self.template, wandb)
+        recorder = Recorder(
+            self.settings, plan, self.folder, self.console, self.tokenizer, self.template, wandb, self.watch
+        )
         recorder.resume_after(progress)
         trainer = Trainer(
             self.settings, plan, self.here, runtime, model, objective, optimizers, scaler, loader, val_set,
@@ -350,6 +364,7 @@ class _Run:
         self.folder.write_status("finished" if finished else "stopped", step=progress.step, **reason)
         if finished:
             from report.curves import plot_curves
+            from report.run import run_page
 
             ended = why_early(plan, progress) if early else f"Finished {plan.max_steps} steps"
             self.say(f"{ended}: {outcome(progress, per_token=getattr(self.settings, 'objective', 'sft') == 'sft')}")
@@ -357,6 +372,7 @@ class _Run:
             if summary["final"] is not None:
                 self.say(f"Best weights, of step {progress.best_step}: {summary['final']}")
             self.say(f"Curves: {plot_curves(self.folder.path)}")
+            self.say(f"Page: {run_page(self.folder.path)}")
         return summary
 
     def _write_final(self, path: Path, progress: Progress) -> None:

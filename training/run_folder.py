@@ -16,9 +16,27 @@ Say = Callable[[str], None]
 
 _CHECKPOINT = re.compile(r"^model_(\d{5,})\.pt$")
 _RUN_FILES = (
-    *("metrics.jsonl", "samples.jsonl", "training.log", "config.yaml", "curves.png", "status.json"),
+    *("metrics.jsonl", "samples.jsonl", "training.log", "config.yaml", "curves.png", "run.html", "status.json"),
     *("best.pt", "final.pt"),
 )
+
+
+def lock_file(path: Path, wait: bool = False) -> IO[bytes] | None:
+    """The file, made if need be, locked while it stays open: the kernel frees the lock of a dead process.
+
+    None where another holds it, unless `wait`.
+    """
+    file = open(path, "ab")  # noqa: SIM115 -- the caller holds it open
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except ImportError:  # Windows: no lock, the rest works
+        pass
+    except OSError:
+        file.close()
+        return None
+    return file
 
 
 class RunFolder:
@@ -34,18 +52,9 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"--log_dir {self.path}: is a file, expected a folder")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "ab")  # noqa: SIM115 -- held open for the life of the run
-        try:
-            import fcntl
-
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows: no lock, the rest works
-            pass
-        except OSError:
-            self._lock.close()
-            raise ValueError(
-                f"--log_dir {self.path}: another run is writing here; wait for it or choose another"
-            ) from None
+        self._lock = lock_file(self.path / ".lock")
+        if self._lock is None:
+            raise ValueError(f"--log_dir {self.path}: another run is writing here; wait for it or choose another")
         remove_temporaries(self.path)
 
     def close(self) -> None:
