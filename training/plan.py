@@ -366,6 +366,10 @@ def memory_of(device: torch.device) -> tuple[int, int]:
     return page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
 
 
+class OutOfMemory(ValueError):
+    """A run that took more memory than there is; the message names remedies."""
+
+
 def out_of_memory(settings: RunSettings, device: torch.device, world_size: int, error: Exception) -> str:
     """What to say when memory ran out: what the plan says, and what each remedy saves."""
     text = f"out of memory: {' '.join(str(error).split())[:200]}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from data.chat import Template, stop_ids
@@ -16,6 +17,13 @@ from training.run_folder import RunFolder
 from training.run_settings import RunSettings
 from training.step_plan import StepPlan
 from training.stop import StopRequest
+
+# Told each line of metrics.jsonl when it is written; may raise Abandoned.
+Watch = Callable[[StepPlan, dict[str, Any]], None]
+
+
+class Abandoned(Exception):
+    """Whoever watches the run wants no more of it; the message says why. The run ends as stopped."""
 
 
 class _Interrupted(Exception):
@@ -34,9 +42,10 @@ class Recorder:
         tokenizer: Tokenizer,
         template: Template | None,
         wandb: Wandb | None,
+        watch: Watch | None = None,
     ) -> None:
         self.settings, self.plan, self.console = settings, plan, console
-        self.tokenizer, self.template, self.wandb = tokenizer, template, wandb
+        self.tokenizer, self.template, self.wandb, self.watch = tokenizer, template, wandb, watch
         self.active = console.active
         self.metrics = JsonLines(folder.path / "metrics.jsonl", console.say)
         self.samples = JsonLines(folder.path / "samples.jsonl", console.say)
@@ -65,6 +74,8 @@ class Recorder:
             self.console.say(line)
         if self.wandb is not None:
             self.wandb.log(record)
+        if self.watch is not None:
+            self.watch(self.plan, record)
 
     def step_done(self, record: dict[str, Any], progress: Progress) -> None:
         """Move the bar; every tenth of an epoch a line with the mean loss, and one at the epoch's end."""
