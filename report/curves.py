@@ -83,9 +83,9 @@ def plot_curves(run_dir: str | Path, out_path: str | Path | None = None) -> Path
     panels = [panel for panel in PANELS if len(series(records, panel[0])[0])]
     own = [(name, name, BLUE, False) for name in _objective_metrics(records)]
     rows = [row for row in (panels, *(own[i : i + OWN_PER_ROW] for i in range(0, len(own), OWN_PER_ROW))) if row]
-    figure = _new_figure(width=10.0, height=4.4 + 2.0 * len(rows))
+    figure = new_figure(width=10.0, height=4.4 + 2.0 * len(rows))
     grid = figure.add_gridspec(1 + len(rows), 1, height_ratios=[1.9, *(1 for _ in rows)])
-    with _style():
+    with drawing_style():
         figure.suptitle(
             Path(run_dir).resolve().name, x=0.012, ha="left", fontsize=13, fontweight="bold", parse_math=False
         )
@@ -94,7 +94,7 @@ def plot_curves(run_dir: str | Path, out_path: str | Path | None = None) -> Path
             columns = grid[place].subgridspec(1, len(row))
             for column, panel in enumerate(row):
                 _draw_metric(figure.add_subplot(columns[column]), records, *panel)
-    return _save(figure, Path(out_path) if out_path is not None else Path(run_dir) / "curves.png")
+    return save_figure(figure, Path(out_path) if out_path is not None else Path(run_dir) / "curves.png")
 
 
 def _objective_metrics(records: Sequence[dict[str, Any]]) -> list[str]:
@@ -111,13 +111,13 @@ def plot_runs(runs: Sequence[tuple[str, str | Path]], out_path: str | Path) -> P
     if not runs:
         raise ValueError("plot_runs needs at least one (label, run folder)")
     loaded = [(label, read_metrics(run_dir)) for label, run_dir in runs]
-    figure = _new_figure(width=6.2 * len(loaded), height=5.6)
+    figure = new_figure(width=6.2 * len(loaded), height=5.6)
     grid = figure.add_gridspec(2, len(loaded), height_ratios=[2.2, 1])
-    with _style():
+    with drawing_style():
         for column, (label, records) in enumerate(loaded):
             _draw_loss(figure.add_subplot(grid[0, column]), records, label)
             _draw_metric(figure.add_subplot(grid[1, column]), records, *PANELS[0])
-    return _save(figure, Path(out_path))
+    return save_figure(figure, Path(out_path))
 
 
 def _draw_loss(axes: Axes, records: Sequence[dict[str, Any]], title: str) -> None:
@@ -183,13 +183,14 @@ def _label_steps(axes: Axes, ticks: int = 6) -> None:
     axes.set_xlim(left - margin, right + margin)
 
 
-def _style() -> Any:
+def drawing_style() -> Any:
+    """A context in which everything is drawn in the style of all our pictures."""
     import matplotlib
 
     return matplotlib.rc_context(STYLE)
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure (inches) on the Agg canvas, without pyplot: no display, no global list of figures."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -199,8 +200,9 @@ def _new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Writes the figure as a PNG, whole or not at all; returns `path`."""
     data = io.BytesIO()
-    with _style():
+    with drawing_style():
         figure.savefig(data, format="png", dpi=130, metadata={"Software": None})
     return write_file(path, data.getvalue())
