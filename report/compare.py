@@ -182,7 +182,7 @@ def page_values(comparison: dict[str, Any]) -> dict[str, Any]:
 
 def _row(row: dict[str, Any], labels: list[str]) -> dict[str, Any]:
     """One prompt with its answers, in the order of the columns."""
-    texts = [show_controls(answer["text"]) for answer in row["answers"]]
+    texts = [show_controls(answer["text"]).strip("\n") for answer in row["answers"]]
     shown = {key: show_controls(row[key] or "") for key in ("prompt", "context", "reference", "input")}
     answers = [
         {

@@ -119,7 +119,7 @@ def test_any_text_is_shown_as_it_is(text):
     comparison = make_comparison([["base", "= " + text]])
     comparison["rows"][0]["category"] = text
     page = Page(render_page(comparison))
-    assert "= " + show_controls(text) in page.text
+    assert ("= " + show_controls(text)).strip("\n") in page.text
     assert page.tags.count("script") == 2 and json.loads(page.raw["data"])["rows"][0]["category"] == text
 
 
@@ -154,6 +154,8 @@ def test_one_column_and_an_empty_answer_are_fine():
     page = Page(render_page(make_comparison([["   "]])))
     assert "(no words)" in page.text
     assert "mark" not in page.tags and "mark differences" not in page.text
+    assert "\n  kept  \n" not in render_page(make_comparison([["\n\n  kept  \n"]]))  # blank lines around it are not
+    assert ">  kept  <" in render_page(make_comparison([["\n\n  kept  \n"]]))
 
 
 def test_facts_stand_by_answers_and_columns():

@@ -97,5 +97,9 @@ if (control.marks) {
   applyMarks(); // a reload may keep the box unticked
 }
 bar.hidden = false;
+new ResizeObserver(() => {
+  const covers = getComputedStyle(bar).position === "sticky" ? bar.offsetHeight : 0; // rows stop below the bar
+  document.documentElement.style.setProperty("--bar", `${covers}px`);
+}).observe(bar);
 applyColumns();
 applyFilters();
