@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -186,6 +187,11 @@ def with_changes(settings: PruneSettings, changes: dict[str, Any]) -> PruneSetti
 
 def check(settings: PruneSettings) -> None:
     """Raises ValueError for what cannot be meant, before anything is read."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(
+            "prune.py is one process: prune without torchrun and --finetune, then recover the result with torchrun ... "
+            "finetune_dolly.py --pretrained_checkpoint"
+        )
     if not settings.base_model:
         raise ValueError("no model: name the one to prune with --base_model")
     if not (settings.save_model or settings.out):

@@ -211,6 +211,11 @@ def test_a_mistake_is_one_line_and_nothing_is_written(words: list[str], says: st
     assert not (here / "pruned.pt").exists() or "distill" in words
 
 
+def test_several_processes_are_sent_to_finetune_dolly(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "prune.py is one process" in one_line_error(prune_command(capsys, "--save_model"))
+
+
 def test_nothing_to_keep_is_a_mistake(capsys: Any) -> None:
     assert "add --save_model (logs/NAME/pruned.pt) or --out FILE.pt" in one_line_error(prune_command(capsys))
     assert "ends in .pt" in one_line_error(prune_command(capsys, "--out", "pruned.bin"))
