@@ -27,7 +27,8 @@ from evaluation import text_metrics
 from evaluation.answers import answer_all, compare_answers, compare_by_category
 from evaluation.checkpoints import check_vocabulary, finite_or_none, ignore, short_labels
 from evaluation.instructions import Instructions, PreparedSet, RecordFile
-from evaluation.log_blocks import answers_block, choices_block, likelihood_block
+from evaluation.lm_eval_adapter import check_lm_eval, run_task
+from evaluation.log_blocks import ACCURACIES, answers_block, choices_block, likelihood_block, task_block
 from evaluation.multiple_choice import Choice, multiple_choice, read_choices
 from evaluation.perplexity import PerplexityResult, Score, TokenStream, score_windows, total
 from evaluation.processes import ALONE, Processes
@@ -97,6 +98,8 @@ def check(settings: EvaluateSettings) -> None:
     if settings.input and not set(metrics) & set(LIKELIHOOD):
         raise ValueError(f"--metrics {','.join(metrics)} measures nothing of --input: add perplexity, or leave it out")
     text_metrics.check_installed(answers)
+    if settings.lm_eval:
+        check_lm_eval()
     _check_numbers(settings)
 
 
@@ -141,6 +144,7 @@ class _Work:
             found.append(partial(self.of_set, self._read_set(settings.data_dir)))
         for file in settings.multiple_choice:
             found.append(partial(self.of_choices, Path(file).name, read_choices(file, settings.max_samples)))
+        found += [partial(self.of_task, task) for task in settings.lm_eval]
         return found
 
     def of_text(self, text: PlainText, label: str, opened: OpenModel) -> dict[str, Any]:
@@ -181,6 +185,15 @@ class _Work:
             found = multiple_choice(opened, questions, batch_size=self.settings.batch_size, **options)
         self._say(choices_block(label, name, found))
         return {"text": name, **found}
+
+    def of_task(self, task: str, label: str, opened: OpenModel) -> dict[str, Any]:
+        """What lm-eval measures; its accuracies under the names of our own."""
+        options: dict[str, Any] = {"max_samples": self.settings.max_samples, "processes": self.processes}
+        with self._bar(label, None, "request") as bar:
+            found = run_task(opened, task, batch_size=self.settings.batch_size, progress=bar.update, **options)
+        self._say(task_block(label, task, found))
+        ours = {name: found["values"][name] for name in ACCURACIES if name in found["values"]}
+        return {"text": f"lm-eval {Path(task).stem}", "samples": found["samples"], **ours, "lm_eval": found}
 
     # ---- the parts of them
 
@@ -273,11 +286,11 @@ class _Work:
         for line in lines if self.processes.rank == 0 else ():
             self.say(line)
 
-    def _bar(self, label: str, total: int, unit: str) -> Any:
+    def _bar(self, label: str, total: int | None, unit: str) -> Any:
         """A bar on a terminal, of this process's share; nothing elsewhere."""
         from tqdm import tqdm
 
-        share = -(-total // self.processes.world_size)
+        share = None if total is None else -(-total // self.processes.world_size)
         quiet = True if self.processes.rank else None
         return tqdm(total=share, desc=label, unit=unit, unit_scale=True, leave=False, disable=quiet)
 

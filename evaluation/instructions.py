@@ -24,6 +24,7 @@ from data.shards import TokenSet
 from data.sources import record_rows
 from data.templates import render_prompt, template_from_spec
 from data.tokenizer import Tokenizer
+from data.tokenizer_base import utf8
 from evaluation.perplexity import ArrayTokens, TokenStream
 from formats.open_model import OpenModel
 
@@ -138,7 +139,7 @@ class RecordFile:
             else:
                 prompt = render_conversation(before, template, tokenizer, add_generation_prompt=True)[0]
             shown = "\n\n".join(part for part in (before[-1]["content"], before[-1].get("context", "")) if part)
-            questions.append(Question(prompt, shown, answer["content"], record.category))
+            questions.append(Question(prompt, utf8(shown), utf8(answer["content"]), record.category))
         return Asked(questions, template, stop_ids(template, tokenizer))
 
     def _rendered(
@@ -155,7 +156,7 @@ def _category(row: dict[str, object], where: str) -> str:
     category = row.get("category")
     if category is not None and not isinstance(category, str):
         raise ValueError(f"{where}: the field 'category' is {type(category).__name__}, expected text")
-    return (category or "").strip()
+    return utf8(category or "").strip()
 
 
 def _raw(sample: Sample) -> Message:

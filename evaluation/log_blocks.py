@@ -7,6 +7,7 @@ from typing import Any
 from evaluation.perplexity import PerplexityResult
 from evaluation.text_metrics import ROUGE_TYPES
 
+ACCURACIES = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")  # of multiple choice, here and in lm-eval
 HEADING = "***** Running evaluation *****"
 _SHOWN = {"bleu": "BLEU", "chrf": "chrF"} | {kind: f"ROUGE-{kind.removeprefix('rouge')}" for kind in ROUGE_TYPES}
 _SHOWN |= {"exact_match": "Exact Match", "f1": "F1"}
@@ -54,4 +55,16 @@ def choices_block(label: str, text: str, found: dict[str, Any]) -> list[str]:
             f"{shown}: {found[name]:.4f}" + (f" +- {errors[name]:.4f}" if errors[name] is not None else "")
             for name, shown in names.items()
         ),
+    ]
+
+
+def task_block(label: str, task: str, found: dict[str, Any]) -> list[str]:
+    """What lm-eval measured; `found` is what `run_task` gives."""
+    values = {name: value for name, value in found["values"].items() if value is not None}
+    return [
+        HEADING,
+        f"  Checkpoint = {label}",
+        f"  Text = {task} (lm-eval, version {found['version']})",
+        f"  Num examples = {found['samples']}",
+        *(f"Eval {name}: {value:.4f}" for name, value in values.items()),
     ]

@@ -1,0 +1,83 @@
+"""Two processes under torchrun give the numbers of one, to the last bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evaluation.evaluate import evaluate
+from evaluation.processes import gather, share
+from evaluation.settings import EvaluateSettings
+from tests.test_evaluation_instructions import RECORDS
+from tests.test_evaluation_multiple_choice import ROWS, write
+from tests.tiny_checkpoints import save_tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+METRICS = ("perplexity", "accuracy", "bleu", "rouge", "f1")
+
+
+class Part:
+    """One of several processes, in this one: it hears what the others say from `heard`."""
+
+    def __init__(self, rank: int, heard: list[bytes]) -> None:
+        self.rank, self.world_size, self.heard = rank, len(heard), heard
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        self.heard[self.rank] = data
+        return self.heard
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_every_item_is_done_once_and_all_hear_of_it_in_order(world_size: int) -> None:
+    heard = [b""] * world_size
+    parts = [Part(rank, heard) for rank in range(world_size)]
+    found = [{number: item * 0.1 for number, item in share(range(4), part)} for part in parts]
+    assert sorted(number for each in found for number in each) == list(range(4))
+    for part, mine in zip(parts[:-1], found):
+        heard[part.rank] = json.dumps(list(mine.items())).encode()
+    assert gather(found[-1], parts[-1]) == [0.0, 0.1, 0.2, 0.1 * 3]
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
+    models = [str(save_tiny(tmp_path / f"{name}.pt", seed, template="dolly")) for name, seed in (("a", 0), ("b", 1))]
+    text = tmp_path / "text.txt"
+    text.write_text("A text of some length, to be cut into windows. " * 12)
+    words: dict[str, Any] = {
+        "checkpoints": models,
+        "input": [str(text)],
+        "data_dir": str(write(tmp_path / "r.jsonl", RECORDS)),
+        "multiple_choice": [str(write(tmp_path / "q.jsonl", ROWS))],
+        "metrics": list(METRICS),
+        "batch_size": 2,
+        "max_new_tokens": 4,
+        "device": "cpu",
+    }
+    flags = [
+        part
+        for name, value in words.items()
+        for part in (f"--{name}", *(value if isinstance(value, list) else [value]))
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "evaluate.py"]
+    done = subprocess.run(
+        [*command, *map(str, flags), "--json", str(tmp_path / "two.json")],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    two = json.loads((tmp_path / "two.json").read_text())
+    settings = EvaluateSettings(**{name: tuple(v) if isinstance(v, list) else v for name, v in words.items()})
+    one = json.loads(json.dumps(evaluate(settings)))
+    for results in (one, two):
+        for result in results["results"]:
+            assert result.pop("seconds") > 0
+    assert two == one and len(one["results"]) == 6
+    assert done.stdout.count("***** Running evaluation *****") == 8, "one process alone speaks"
