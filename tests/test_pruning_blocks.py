@@ -96,7 +96,7 @@ def test_of_two_blocks_that_can_stand_in_for_each_other_one_stays():
     own.mlp_out.second.copy_(rest)
     model.h[1].mlp.down_proj.weight.fill_(1.0)
     model.h[1].mlp.down_proj.weight[:, :4] = 0.5  # the cheaper of the two, so that it goes first in every row
-    settings = BlockSettings(4, 0.65, range(1, 2), together=False, reorder=False)  # the first round takes 8
+    settings = BlockSettings(4, 0.65, range(1, 2), together=False, reorder=False)
     masks = prune_blocks(model, statistics, output, settings, {})
     bits = masks["h.1.mlp.down_proj.weight"].bits
     assert not bits[:, 0].any() and bits[:, 1].all()

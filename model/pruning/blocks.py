@@ -32,7 +32,8 @@ from model.pruning.scores import block_sums, fisher_squares
 from model.pruning.statistics import SITE_OF, Gradients, LayerStatistics
 
 Statistics = Callable[[int], LayerStatistics]
-ROUNDS = (0.4, 0.7, 0.9, 1.0)  # of the share that is to go: the later a round, the less it takes
+# Shares of what is to go: the later a round, the less it takes. One round instead of seven: ratio 25 instead of 10.
+ROUNDS = (0.2, 0.4, 0.6, 0.76, 0.88, 0.96, 1.0)
 
 
 @dataclass(frozen=True)
