@@ -264,7 +264,18 @@ def test_full_recovery_keeps_zeros_and_prints_what_the_guide_does(here: Path, re
 
 
 def test_lora_recovery_leaves_adapter_and_merged_model_with_the_same_zeros(records: Path, capsys: Any) -> None:
-    words = ("--method", "wanda", "--pattern", "block", "--out", "a.pt", "--finetune_method", "lora", *RECOVER)
+    words = (
+        "--method",
+        "wanda",
+        "--pattern",
+        "block",
+        "--compact",
+        "--out",
+        "a.pt",
+        "--finetune_method",
+        "lora",
+        *RECOVER,
+    )
     code, out, err = prune_command(capsys, *words, "--finetune_data", "set", "--finetune_lr", 0.05)
     assert code == 0, err
     assert re.search(r"trainable params: [\d,]+ \|\| all params: [\d,]+ \|\| trainable%: ", out)
