@@ -32,7 +32,7 @@ SETTINGS = {
     "export.py": object,
 }
 # Blocks tagged so need what this machine may lack; they are parsed, the others run.
-NEEDS = {"gpu", "hub", "cluster", "peer"}
+NEEDS = {"gpu", "hub", "cluster", "peer", "person"}
 
 
 def commands(page: Path) -> list[tuple[str, set[str]]]:
@@ -54,6 +54,11 @@ def all_commands() -> list[tuple[str, str, set[str]]]:
 def test_every_documented_flag_exists(page: str, line: str, tags: set[str]) -> None:
     assert tags <= NEEDS, f"{page}: unknown tag in {tags}"
     words = shlex.split(line)
+    if words[:3] == ["python", "-m", "report"]:
+        from report.__main__ import make_work
+
+        command = words[3] if words[3] in ("serve", "votes") else "page"
+        make_work(command, words[3 + (command != "page") :])
     scripts = [index for index, word in enumerate(words) if word in SETTINGS]
     if not scripts:
         return
