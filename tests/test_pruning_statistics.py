@@ -105,17 +105,30 @@ def test_later_layers_see_a_block_that_was_changed_in_place():
         assert not torch.allclose(pruned[layer].mlp_in.second, dense[layer].mlp_in.second, rtol=1e-2)
 
 
-def test_weighed_tokens_count_by_the_inverse_of_their_mean_square():
-    model = build(GPT2)
+@pytest.mark.parametrize("config", CONFIGS, ids=["gpt2", "llama", "qwen3", "unbalanced"])
+def test_weighed_tokens_count_by_the_inverse_mean_square_of_the_stream_behind(config):
+    model = build(config).eval()
     with torch.no_grad():
         model.wte.weight[WINDOWS[0, 0]] *= 100  # a massive token
-    x = inputs_of(model, WINDOWS)["h.0.mlp.down_proj"]
-    weights = 1 / x.square().mean(dim=1, keepdim=True)
-    _, statistics = next(collect(model, WINDOWS, weigh=True, batch_size=2))
-    wanted = (weights * x).t() @ x / weights.sum()
-    torch.testing.assert_close(statistics.mlp_out.second.double(), wanted, rtol=1e-4, atol=1e-6)
-    mean = (weights * x).sum(0) / weights.sum()
-    torch.testing.assert_close(statistics.mlp_out.mean.double(), mean, rtol=1e-4, atol=1e-6)
+    inputs, seen = inputs_of(model, WINDOWS), {}
+    for i, block in enumerate(model.h):
+        if block.ln_2 is not None:
+            block.ln_2.register_forward_pre_hook(lambda m, args, i=i: seen.__setitem__((i, "attn"), args[0]))
+        block.register_forward_hook(lambda m, args, y, i=i: seen.__setitem__((i, "mlp"), y))
+    with torch.no_grad():
+        model(WINDOWS)
+    streams = dict(seen)  # as they are now: the hooks will see the batches of `collect` too
+    for layer, statistics in collect(model, WINDOWS, weigh=True, batch_size=2):
+        for linear in ("attn.q_proj", "attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+            x = inputs.get(f"h.{layer}.{linear}")
+            if x is not None:
+                behind = streams.get((layer, linear[:4].rstrip(".")), streams[layer, "mlp"])
+                weights = 1 / behind.flatten(0, 1).double().square().mean(dim=1, keepdim=True)
+                site = statistics.of(linear)
+                wanted = (weights * x).t() @ x / weights.sum()
+                torch.testing.assert_close(site.second.double(), wanted, rtol=1e-3, atol=1e-5)
+                mean = (weights * x).sum(0) / weights.sum()
+                torch.testing.assert_close(site.mean.double(), mean, rtol=1e-3, atol=1e-5)
 
 
 def test_sums_in_fp32_stay_exact_beside_massive_activations():
@@ -124,7 +137,7 @@ def test_sums_in_fp32_stay_exact_beside_massive_activations():
 
     x = torch.randn(4096, 24, generator=torch.Generator().manual_seed(0)) + 0.5
     x[0, 3] = x[7, 5] = 1e4
-    moments = _Moments(weigh=False)
+    moments = _Moments()
     for rows in x.view(64, 64, 24).split(2):
         moments.add(rows)
     site, exact = moments.finish(), x.double().t() @ x.double() / len(x)

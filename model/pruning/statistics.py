@@ -71,8 +71,9 @@ def collect(
 
     Whoever changes block i (or puts another in its place) before asking for the next gets the statistics of the later
     ones as the changed network makes them, as Wanda and SparseGPT do. That costs a second run of each block; `frozen`
-    saves it where nothing is changed. `weigh`: a token counts by 1 / mean(x^2) at its site, so that the few tokens with
-    massive activations do not outvote the text. Hidden states, N x T x C in fp32, stay on the device of `windows`.
+    saves it where nothing is changed. `weigh`: a token counts by 1 / mean square of the stream that the sub-layer's
+    output is added to, which is how much the next norm lets through of an error there: otherwise the few tokens with
+    massive activations outvote the text. Hidden states, N x T x C in fp32, stay on the device of `windows`.
     Raises ValueError for windows that do not fit.
     """
     check_windows(model, windows)
@@ -99,22 +100,22 @@ def _observe(
     """Runs every state (N, T, C) through the block and sums up its inputs; `advance`: states become its outputs."""
     assert isinstance(block, Block)
     sums: dict[str, _Moments] = {}
+    seen: dict[str, Tensor] = {}
     cosines = 0.0
-
-    def watch(site: str) -> None:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            sums.setdefault(site, _Moments(weigh)).add(args[0])
-
-        handles.callback(block.get_submodule(_READER[site]).register_forward_pre_hook(hook).remove)
-
     with contextlib.ExitStack() as handles, evaluating(block):
-        for site in SITES:
-            if getattr(block, _READER[site].partition(".")[0]) is not None:
-                watch(site)
+        for name in ("ln_2", *(_READER[site] for site in SITES)):
+            if getattr(block, name.partition(".")[0]) is not None:
+                module = block.get_submodule(name)
+                handles.callback(module.register_forward_pre_hook(_keep_input(seen, name)).remove)
         for rows in states.split(batch_size):  # views: writing to them changes `states`
             before = _to_block(block, rows)
             after = block(before, shared)
             cosines += float(F.cosine_similarity(before.float(), after.float(), dim=-1).sum())
+            middle = seen.pop("ln_2", after)  # the stream behind the attention
+            for site in SITES:
+                if _READER[site] in seen:
+                    behind = middle if site.startswith("attn") else after
+                    sums.setdefault(site, _Moments()).add(seen.pop(_READER[site]), behind if weigh else None)
             if advance:
                 rows.copy_(after)
     influence = 1 - cosines / states[..., 0].numel()
@@ -130,6 +131,13 @@ def _advance(block: nn.Module, states: Tensor, shared: AttentionInputs, batch_si
             rows.copy_(block(_to_block(block, rows), shared))
 
 
+def _keep_input(seen: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen[name] = args[0]
+
+    return hook
+
+
 class _Moments:
     """Sums of x and x x^T. A batch's products are added in place, in fp32: no second (d, d) array is made.
 
@@ -137,20 +145,21 @@ class _Moments:
     relative error stays near 1e-6 (measured against fp64 in the tests); least squares damps by 1e-2.
     """
 
-    def __init__(self, weigh: bool) -> None:
-        self.weigh = weigh
+    def __init__(self) -> None:
         self.second: Tensor | None = None
         self.first: Tensor | None = None
         self.weight = 0.0
         self.tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        """x (B, T, d)."""
+    def add(self, x: Tensor, behind: Tensor | None = None) -> None:
+        """x (B, T, d); a token counts by 1 / mean square of the stream `behind` (B, T, C), or each the same."""
         x = x.flatten(0, -2).float()  # (B T, d)
-        weights = 1 / x.square().mean(dim=1, keepdim=True).clamp_min(1e-12) if self.weigh else x.new_ones(len(x), 1)
+        scaled, weights = x, x.new_ones(len(x), 1)
+        if behind is not None:
+            weights = 1 / behind.flatten(0, -2).float().square().mean(dim=1, keepdim=True).clamp_min(1e-12)
+            scaled = x * weights
         if self.second is None or self.first is None:
             self.second, self.first = x.new_zeros(x.size(1), x.size(1)), x.new_zeros(x.size(1))
-        scaled = x * weights if self.weigh else x
         self.second.addmm_(scaled.t(), x)
         self.first += scaled.sum(dim=0)
         self.weight += float(weights.sum())
