@@ -28,16 +28,18 @@ Say = Callable[[str], None]
 class StatisticsCache:
     """Statistics of one model, as it stands, on `windows` (N, T); made on the first wish for them, layer after layer.
 
-    `folder` None: nothing is kept on disk, and all layers are held in memory.
+    `folder` None: nothing is kept on disk, and all layers are held in memory. `weigh` as `collect` has it.
     """
 
-    def __init__(self, model: GPT, windows: Tensor, folder: str | Path | None, say: Say) -> None:
-        self.model, self.windows, self.say = model, windows, say
+    def __init__(
+        self, model: GPT, windows: Tensor, folder: str | Path | None, say: Say, *, weigh: bool = False
+    ) -> None:
+        self.model, self.windows, self.say, self.weigh = model, windows, say, weigh
         self._held: dict[int, LayerStatistics] = {}
         self.folder: Path | None = None
         if folder is not None:
             digest = hashlib.sha256(f"{_VERSION} {weights_digest(model.state_dict())}".encode())
-            digest.update(f"{model.config.to_dict()} {tuple(windows.shape)}".encode())
+            digest.update(f"{model.config.to_dict()} {tuple(windows.shape)} {weigh}".encode())
             digest.update(windows.numpy().data)
             self.folder = Path(folder) / digest.hexdigest()[:16]
 
@@ -73,7 +75,7 @@ class StatisticsCache:
         where = "" if self.folder is None else f", kept in {self.folder}"
         count, length = self.windows.shape
         self.say(f"Statistics of {count} x {length} tokens, layer by layer{where}")
-        yield from collect(self.model, self.windows, frozen=True)
+        yield from collect(self.model, self.windows, weigh=self.weigh, frozen=True)
 
     def _layer_path(self, number: int) -> Path:
         assert self.folder is not None

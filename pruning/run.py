@@ -290,7 +290,9 @@ class _Run:
             f"Calibration: {len(windows)} windows of {length} tokens from {text.name}"
             + ("; --calibration names another" * (settings.calibration is None))
         )
-        return StatisticsCache(model, windows, settings.cache_dir if settings.cache_statistics else None, self.say)
+        folder = settings.cache_dir if settings.cache_statistics else None
+        # Units are judged and fitted by errors in the stream, which the next norm divides by the stream's size.
+        return StatisticsCache(model, windows, folder, self.say, weigh=settings.method == "structured")
 
     def _rival(self, model: GPT, cache: StatisticsCache | None) -> dict[str, Any] | None:
         """Whole layers dropped in place of the units, for as many parameters: what a finer method has to beat."""

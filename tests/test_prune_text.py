@@ -120,8 +120,12 @@ def test_another_model_or_text_has_statistics_of_its_own(tmp_path: Path) -> None
     windows = torch.randint(97, (3, 12), generator=torch.Generator().manual_seed(0))
     folders = set()
     for seed, rows in ((0, windows), (1, windows), (0, windows.flip(0)), (0, windows.view(6, 6))):
-        folders.add(StatisticsCache(build(LLAMA, seed), rows, tmp_path, print).folder)
-    assert len(folders) == 4
+        for weigh in (False, True):
+            cache = StatisticsCache(build(LLAMA, seed), rows, tmp_path, print, weigh=weigh)
+            folders.add(cache.folder)
+    assert len(folders) == 8
+    wanted = dict(collect(cache.model, cache.windows, weigh=True))
+    assert all(same_layer(cache.layer(i), wanted[i]) for i in range(3))
 
 
 def test_an_interrupted_collection_leaves_whole_layers_and_a_damaged_one_is_named(tmp_path: Path) -> None:
