@@ -26,34 +26,34 @@ def expand_checkpoints(refs: Sequence[str], every: int = 1) -> list[str]:
         return found
     of_folder: dict[Path, list[str]] = {}
     for name in found:
-        if _step(name) is not None:
+        if _step(name) >= 0:
             of_folder.setdefault(Path(name).parent, []).append(name)
     kept = {name for names in of_folder.values() for name in sorted(names, key=_step, reverse=True)[::every]}
-    return [name for name in found if _step(name) is None or name in kept]
+    return [name for name in found if _step(name) < 0 or name in kept]
 
 
 def _meant(ref: str) -> list[str]:
     """The names behind one: itself, a folder's numbered checkpoints by their steps, or the files of a pattern."""
     path = Path(ref)
     if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-        numbered = [str(file) for file in path.iterdir() if _step(str(file)) is not None]
+        numbered = [str(file) for file in path.iterdir() if _step(str(file)) >= 0]
         if not numbered:
             raise ValueError(
                 f"{ref}: holds neither checkpoints (model_NNNNN.pt) nor a Hugging Face model (config.json)"
             )
-        return sorted(numbered, key=_step)  # type: ignore[arg-type]
+        return sorted(numbered, key=_step)
     if not path.exists() and glob.has_magic(ref):
-        fitting = sorted(glob.glob(ref), key=lambda name: (str(Path(name).parent), _step(name) or -1, name))
+        fitting = sorted(glob.glob(ref), key=lambda name: (str(Path(name).parent), _step(name), name))
         if not fitting:
             raise ValueError(f"{ref}: no file fits this pattern")
         return fitting
     return [ref]
 
 
-def _step(name: str) -> int | None:
-    """The step in the name of a numbered checkpoint."""
+def _step(name: str) -> int:
+    """The step in the name of a numbered checkpoint, -1 in that of another file."""
     match = _NUMBERED.fullmatch(Path(name).name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match else -1
 
 
 def size_on_disk(path: Path) -> int | None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from report.page import show_controls
 from report.records import read_lines
@@ -88,7 +88,7 @@ def _handler(content: dict[str, tuple[str, Callable[[], bytes]]]) -> type[BaseHT
 
         def do_GET(self) -> None:
             # A page elsewhere can make its own name point here; the Host header then still tells that name.
-            port = self.server.server_address[1]
+            port = cast(ThreadingHTTPServer, self.server).server_port
             if self.headers.get("Host") not in (f"{ADDRESS}:{port}", f"localhost:{port}"):
                 self._send(HTTPStatus.FORBIDDEN, "text/plain", b"asked for under another name than 127.0.0.1\n")
             elif self.path not in content:

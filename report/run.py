@@ -205,7 +205,7 @@ def live_page(title: str) -> str:
     """The page that a server shows while runs go on: empty at first, then filled by its script from `live_data`."""
     empty: dict[str, Any] = {name: [] for name in ("notes", "runs", "warnings", "differences", "settings", "samples")}
     page = {**empty, "title": show_controls(title), "live": True, "checkpoints": []}
-    data = {"panels": [], "runs": []}
+    data: dict[str, Any] = {"panels": [], "runs": []}
     return render_template("run.html", page, ["compare.css", "run.css"], ["run.js", "live.js"], data, connects=True)
 
 
