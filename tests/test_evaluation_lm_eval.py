@@ -68,7 +68,14 @@ def test_a_local_task_gives_our_own_numbers(
     assert {name: result[name] for name in wanted} == pytest.approx(wanted)
     assert result["lm_eval"]["version"] == 2.0 and result["text"] == "lm-eval task"
     assert f"Eval acc: {wanted['acc']:.4f}" in said
-    message = one_line_error(run_main(capsys, script.main, EvaluateSettings, *words[:3], "no_such_task"))
+
+
+@pytest.mark.slow
+def test_an_unknown_task_costs_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Slow: lm-eval indexes its tasks."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")
+    words = ["--checkpoints", save_tiny(tmp_path / "m.pt"), "--lm_eval", "no_such_task"]
+    message = one_line_error(run_main(capsys, script.main, EvaluateSettings, *words))
     assert "--lm_eval no_such_task: lm-eval has no such task" in message
 
 
