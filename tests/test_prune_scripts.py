@@ -11,6 +11,7 @@ import pytest
 
 from evaluation.settings import EvaluateSettings
 from tests.pruning_runs import SIZES, prune_command, save_model, write_texts
+from tests.tiny import text_set
 from training.run_settings import FinetuneSettings
 from training.settings import parse
 
@@ -61,11 +62,12 @@ def test_both_run_on_a_model_pruned_in_blocks(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_texts(tmp_path)
+    text_set(tmp_path / "set", n_documents=80)
     save_model(tmp_path / "model.pt")
     prune_command(capsys, "--method", "wanda", "--pattern", "block", "--block_size", 8, "--out", "pruned.pt")
     how = {"PYTHON": sys.executable, "BLOCK_SIZE": str(SIZES["block_size"]), "MAX_TRAIN_SAMPLES": "20"}
     for script, more in (
-        ("run_lora_finetune_block.sh", {"DATA": "docs.jsonl"}),
+        ("run_lora_finetune_block.sh", {"DATA": "set"}),
         ("evaluate_lora_block.sh", {"INPUT": "book.txt"}),
     ):
         environment = {**os.environ, **how, **more}
