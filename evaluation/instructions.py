@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -92,6 +92,7 @@ class RecordFile:
         self.left_out: Counter[str] = Counter()
         rows = record_rows("parquet" if path.suffix == ".parquet" else "jsonl", [str(path)])
         for where, row in rows:
+            row = _with_usual_names(row)
             format = format_of(row, where)
             if format in ("text", "preference", "prompts"):
                 raise ValueError(
@@ -152,6 +153,13 @@ class RecordFile:
         return prompt + answer, [0] * len(prompt) + [1] * len(answer)
 
 
+def _with_usual_names(row: Any) -> Any:
+    """A record of `sample.py --prompts` under the names of instruction data."""
+    if isinstance(row, dict) and "prompt" in row and "reference" in row:
+        return {**row, "instruction": row["prompt"], "response": row["reference"]}
+    return row
+
+
 def _category(row: dict[str, object], where: str) -> str:
     category = row.get("category")
     if category is not None and not isinstance(category, str):
@@ -180,7 +188,8 @@ class PreparedSet:
         if max_samples is not None and tokens.meta["kind"] == "text":
             raise ValueError(f"{tokens.folder}: holds text, which --max_samples does not count: use --max_tokens")
         self.tokens, self.name = tokens, f"{tokens.folder.name}/{tokens.split}"
-        self.count = min(max_samples or tokens.n_documents, tokens.n_documents)
+        per_sample = 2 if tokens.meta["kind"] == "preference" else 1
+        self.count = min(per_sample * (max_samples or tokens.n_documents), tokens.n_documents)
 
     def limit(self, stream: TokenStream) -> int:
         """See `Instructions`."""

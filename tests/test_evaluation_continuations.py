@@ -12,7 +12,9 @@ from data.tokenizer_base import END_OF_TEXT
 from evaluation.continuations import Continuation, Likelihood, encode_pair, score_continuations
 from evaluation.token_scores import token_scores
 from model.gpt import GPT
-from tests.model_helpers import FAMILIES, build
+from model.prompt_methods import PrefixSettings, PTuningSettings, apply_p_tuning, apply_prefix
+from tests.model_helpers import FAMILIES, LLAMA, build
+from tests.test_model_lora import train_a_little
 from tests.tiny_checkpoints import tiny_model
 
 LETTERS = train_bpe(["the cat sat on the mat, the dog sat on the cat"] * 4, 300)
@@ -50,6 +52,18 @@ def test_equals_the_plain_logits_whatever_the_batch(config, batch_size) -> None:
     wanted = [plain(model, *pair) for pair in pairs]
     assert [each.log_probability for each in found] == pytest.approx([each.log_probability for each in wanted], 1e-5)
     assert [each.is_greedy for each in found] == [each.is_greedy for each in wanted]
+
+
+@pytest.mark.parametrize("method", ["prefix", "p_tuning"])
+def test_a_trained_prompt_stands_before_a_shared_context_too(method: str) -> None:
+    apply, how = {
+        "prefix": (apply_prefix, PrefixSettings(length=4, hidden=8)),
+        "p_tuning": (apply_p_tuning, PTuningSettings(length=4, hidden=8)),
+    }[method]
+    model = train_a_little(apply(build(LLAMA), how), size=0.3).eval()
+    pairs = pairs_of(LLAMA.vocab_size, 20)
+    shared, apart = (score_continuations(model, pairs, batch_size=size) for size in (6, 1))
+    assert [each.log_probability for each in shared] == pytest.approx([each.log_probability for each in apart], 1e-5)
 
 
 def test_what_the_model_would_say_itself_is_greedy() -> None:

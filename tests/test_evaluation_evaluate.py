@@ -12,10 +12,11 @@ from tiny_checkpoints import instruction_set, save_tiny
 import evaluate as script
 from data.tokenizer import ByteTokenizer
 from evaluation.perplexity import perplexity
-from evaluation.settings import EvaluateSettings
+from evaluation.settings import EvaluateSettings, SampleSettings
 from formats.checkpoint import load_checkpoint, save_checkpoint
 from formats.open_model import open_model
 from tests.scripts import one_line_error, run_main
+from training.settings import parse
 
 TEXT = "The first line of a text.\nThe second, with caf\u00e9 and \u4f60\u597d in it.\n" * 4
 
@@ -93,6 +94,29 @@ def test_a_prepared_set_scores_answers_only(tmp_path, capsys, model):
     assert "there is no split 'train'" in fails(
         capsys, "--checkpoints", model, "--data_dir", tokens.folder, "--split", "train"
     )
+
+
+def test_other_names_of_the_flags():
+    """Changing one of them breaks somebody's script."""
+    other = "--model_name_or_path a --text x --seq_len 32 --max_eval_samples 4 --per_device_eval_batch_size 2"
+    ours = "--checkpoints a --input x --block_size 32 --max_samples 4 --batch_size 2"
+    assert parse(EvaluateSettings, other.split()) == parse(EvaluateSettings, ours.split())
+    assert parse(EvaluateSettings, ["--eval_batch_size", "2"]).batch_size == 2
+    with pytest.raises(ValueError, match="--seq_len and --block_size both set block_size"):
+        parse(EvaluateSettings, ["--seq_len", "32", "--block_size", "32"])
+    with pytest.raises(ValueError, match="unknown flag --seq_len"):
+        parse(SampleSettings, ["--seq_len", "32"])
+
+
+def test_the_share_of_hits_is_one_more_line_and_column(tmp_path, capsys, text, model):
+    words = ["--checkpoints", model, "--input", text, "--json", tmp_path / "x.json"]
+    code, out, _ = run(capsys, *words, "--metrics", "perplexity,accuracy")
+    (result,) = json.loads((tmp_path / "x.json").read_text())["results"]
+    assert code == 0 and f"Eval Accuracy: {result['accuracy']:.4f}" in out and "  accuracy  " in out
+    code, out, _ = run(capsys, *words)
+    (other,) = json.loads((tmp_path / "x.json").read_text())["results"]
+    assert "accuracy" not in other and "ccuracy" not in out
+    assert other["loss"] == pytest.approx(result["loss"], rel=1e-6)
 
 
 def test_text_from_standard_input_and_commas_in_metrics(capsys, monkeypatch, model):

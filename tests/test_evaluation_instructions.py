@@ -199,6 +199,16 @@ def test_records_without_an_answer_are_left_out_and_told(
     assert "  Num examples = 1" in out and "Eval F1: " in out and "bleu: nrefs:1|" in out
 
 
+def test_prompts_with_references_are_records_too(tmp_path: Path, model: Path) -> None:
+    row = {"prompt": "Say ab.", "context": "Some context.", "reference": "abab", "category": "short"}
+    usual = {"instruction": "Say ab.", "context": "Some context.", "response": "abab", "category": "short"}
+    asked = [
+        RecordFile(write(tmp_path / "x.jsonl", [each]), None).asked(open_model(model), TEMPLATES["dolly"])
+        for each in (row, usual)
+    ]
+    assert asked[0].questions == asked[1].questions and asked[0].questions[0].reference == "abab"
+
+
 def test_control_characters_and_half_characters_are_data(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
