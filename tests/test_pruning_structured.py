@@ -151,6 +151,13 @@ def test_unbalanced_takes_the_lowest_scores_per_cost_over_all_layers():
     assert all(highest_gone[kind] < lowest_kept[kind] for kind in (0, 1))
 
 
+def test_a_group_that_no_longer_fits_leaves_its_place_to_channels():
+    """Budget 36: three groups of 10 and, though a fourth group is worth less than any channel, six channels."""
+    found = {i: Scores(torch.zeros(2), torch.ones(48)) for i in range(3)}
+    gone = removed(LLAMA, choose_units(LLAMA, found, FLAT, dataclasses.replace(HALF, ratio=36 / 204)))
+    assert sum(groups for groups, _ in gone) == 3 and sum(channels for _, channels in gone) == 6
+
+
 def test_uniform_takes_the_same_share_of_every_layer():
     config = dataclasses.replace(LLAMA, n_head=6, n_kv_head=3)
     kept = choose_units(config, scores(config), FLAT, dataclasses.replace(HALF, ratio=0.25, allocation="uniform"))
@@ -205,10 +212,10 @@ def test_any_budget_is_met_within_floors_and_multiples(
 
 
 def test_costs_are_the_budget():
-    """Where a group costs as much time as the whole MLP, it is groups that go."""
+    """Where a group costs three times as much time, it is groups that go."""
     found = {i: Scores(s.groups / 10, s.channels) for i, s in scores(LLAMA).items()}
     by_parameters, by_time = (
-        removed(LLAMA, choose_units(LLAMA, found, costs, HALF)) for costs in (FLAT, UnitCosts(100.0, 1.0))
+        removed(LLAMA, choose_units(LLAMA, found, costs, HALF)) for costs in (FLAT, UnitCosts(30.0, 1.0))
     )
     assert sum(groups for groups, _ in by_time) > 0 and sum(c for _, c in by_time) < sum(c for _, c in by_parameters)
 

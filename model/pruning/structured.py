@@ -245,13 +245,16 @@ def _steps(
 
 
 def _cheapest(steps: Sequence[_Step], budget: float) -> list[_Step]:
-    """Steps in the order of density whose costs come as near to the budget as that order allows."""
-    chosen = []
+    """Steps in the order of density, those left out that no longer fit; then one more where that comes nearer."""
+    chosen, too_large = [], []
     for step in sorted(steps):
-        if step.cost <= 2 * budget:  # taking it leaves the sum nearer to the budget than not
+        if step.cost <= budget:
             chosen.append(step)
             budget -= step.cost
-    return chosen
+        else:
+            too_large.append(step)
+    nearer = [step for step in too_large if step.cost <= 2 * budget]
+    return [*chosen, min(nearer, key=lambda step: step.cost)] if nearer else chosen
 
 
 def _cost(config: GPTConfig, layer: int, costs: UnitCosts, settings: StructuredSettings) -> float:
