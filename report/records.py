@@ -121,14 +121,15 @@ def _log_warnings(path: Path) -> list[str]:
     if not path.exists():
         return []
     steps: dict[str, list[int]] = {}
-    step = 0
+    step: int | None = None
     for line in path.read_text("utf-8", errors="replace").splitlines():
         if match := re.search(r"^Step (\d+)|\(step (\d+)", line):
             step = int(match[1] or match[2])
         if re.match(r"warning\b", line, re.IGNORECASE) or "is not finite" in line or line.startswith("Stopped early"):
-            seen = steps.setdefault(line[:300], [])
-            seen += [step] if step not in seen else []
-    warnings = [line if str(found[0]) in line else f"{line}, {_at_steps(found)}" for line, found in steps.items()]
+            seen = steps.setdefault(re.sub(r"^warning: *", "", line, flags=re.IGNORECASE)[:300], [])
+            tells_itself = re.search(rf"\bstep {step}\b", line, re.IGNORECASE)
+            seen += [step] if step is not None and step not in seen and not tells_itself else []
+    warnings = [f"{line.rstrip('.')}, {_at_steps(found)}" if found else line for line, found in steps.items()]
     left = len(warnings) - MAX_WARNINGS
     return warnings[:MAX_WARNINGS] + ([f"... and {left} more in training.log"] if left > 0 else [])
 

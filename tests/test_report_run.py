@@ -70,7 +70,7 @@ def test_everything_that_a_run_leaves_is_on_its_page(tmp_path):
     ):
         assert fact in page.text, fact
     warnings = read_run(tmp_path / "run")["warnings"]
-    assert any("RANDOM weights" in line for line in warnings)
+    assert warnings[0] == "no pretrained model: starting from RANDOM weights."
     assert "detected (validation loss above its best, training loss falling), steps 2, 4" in " ".join(warnings)
     assert sum("global samples 8..11" in line for line in warnings) == 1
     assert all(line in page.text for line in warnings)
