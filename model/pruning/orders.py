@@ -54,6 +54,7 @@ def improve(mass: Tensor, order: Tensor, size: int, price: Tensor, sweeps: int, 
     groups = len(order) // size
     if groups < 2:
         return order
+    device, order = mass.device, order.to(mass.device)
     members = order[: groups * size].clone().view(groups, size)
     sums = mass[members].sum(dim=1)  # (groups, K)
     for _ in range(sweeps):
@@ -61,7 +62,8 @@ def improve(mass: Tensor, order: Tensor, size: int, price: Tensor, sweeps: int, 
         for left, right in _rounds(groups):
             step = max(1, memory // (size * size * mass.size(1)))
             for some in range(0, len(left), step):
-                swapped += _swap_best_(mass, members, sums, left[some : some + step], right[some : some + step], price)
+                pairs = left[some : some + step].to(device), right[some : some + step].to(device)
+                swapped += _swap_best_(mass, members, sums, *pairs, price)
         if not swapped:
             break
     return torch.cat((members.flatten(), order[groups * size :]))
@@ -127,7 +129,8 @@ def _sorted_orders(config: GPTConfig, squares: Squares) -> Orders:
     residual = torch.zeros(config.n_embd)
     for layer in range(config.n_layer):
         own = squares(layer)
-        residual += sum(mass.sum(dim=_other_side(name)) for name, mass in own.items())
+        for name, mass in own.items():
+            residual += mass.sum(dim=_other_side(name)).cpu()
         if len(orders.channels[layer]):
             orders.channels[layer] = by_importance(_channel_mass(own, orders, 1))
         for head in range(len(orders.values[layer])):
