@@ -25,7 +25,7 @@ from training.network import Network, build_network
 from training.objectives.build import build_objective, check_data
 from training.objectives.objective import Objective
 from training.optimizer import build_optimizers, load_optimizer_state
-from training.plan import OutOfMemory, out_of_memory, show_plan
+from training.plan_report import OutOfMemory, out_of_memory, show_plan
 from training.progress import Progress
 from training.recorder import Abandoned, Recorder, Watch
 from training.run_folder import RunFolder
@@ -138,6 +138,7 @@ class _Run:
             self.settings.keep_last_n_checkpoints,
             self.console,
             about,
+            self.settings.async_save,
         )
         if start.goes_on_in(self.folder) and progress.finished_step:
             saver.saved_step = progress.step
@@ -161,6 +162,7 @@ class _Run:
             self._restore_rng(start, progress)
             finished = trainer.run()
         finally:
+            saver.close()
             recorder.close()
             loader.close()
         return self._finish(plan, progress, finished)

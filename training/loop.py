@@ -344,6 +344,7 @@ class Trainer:
     def _stop_early(self) -> None:
         """Early stopping: the last step is saved as that of a run which got to its end is."""
         self.recorder.flush_to_disk()
+        self.saver.settle()
         if self.saver.saved_step != self.progress.step:
             self.saver.save(required=True)
 

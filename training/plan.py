@@ -20,20 +20,19 @@ head_dim, M = mlp_dim, V = rows of the head; f = 4 in float32, 2 under autocast:
                  holds for a moment (3 N M, SwiGLU 5 N M); the gradient of the stream (2 N C), and of the head where
                  another micro-batch's is there already
 
+    saving       a copy of weights that are saved and optimizer, where a large checkpoint is written beside the steps
     allocator    on a CPU under glibc, whose freed memory is kept for speed (see training/heap.py): 0.2 of what all
                  blocks keep without gradient checkpointing, in holes that are not used again
 
-The peak is weights, optimizer and allocator and the larger of two moments: the end of forward (activations, logits,
-gradients of micro-batches before) and the end of backward (all gradients, one block's passing arrays). Left out are the
-libraries (0.3 GB on a CPU, more on a GPU), the data, and for GRPO the cache of generation. Compared with runs on a CPU
-only; for a GPU it is an estimate.
+The peak is weights, optimizer, saving and allocator and the larger of two moments: the end of forward (activations,
+logits, gradients of micro-batches before) and the end of backward (all gradients, one block's passing arrays). Left out
+are the libraries (0.3 GB on a CPU, more on a GPU), the data, and for GRPO the cache of generation. Compared with runs
+on a CPU only; for a GPU it is an estimate.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +41,7 @@ from torch import nn
 
 from formats.open_model import read_config
 from model.adapters import Bottleneck
-from model.config import GPTConfig, preset
+from model.config import GPTConfig
 from model.gpt import GPT, Block
 from model.lora import LoraLayer
 from model.loss import chunk_rows
@@ -50,15 +49,13 @@ from model.tuning import METHODS, apply_method, trainable_report
 from training.heap import heap_is_tuned, keeps_freed_memory
 from training.network import chosen_method
 from training.run_settings import FinetuneSettings, RunSettings
-from training.settings import is_explicit
-from training.step_plan import check_settings
+from training.saver import LARGE
 
 # Of what the blocks keep without gradient checkpointing: holes of the heap, in 20 runs of 10 kinds on two networks 0.02
 # to 0.34, so that the total was within 11% in all, and within 7% in 17. Where the heap was not tuned when the process
 # began they were 0.27 to 1.44. With ESPALIER_MALLOC=default MALLOC_MMAP_THRESHOLD_=65536 there are none, but steps take
 # up to 1.4 times as long.
 _HOLES, _HOLES_UNTUNED = 0.2, 0.65
-_FILL = 0.9  # of the memory that is free, which a batch may take
 
 
 @dataclass(frozen=True)
@@ -72,6 +69,7 @@ class MemoryPlan:
     logits: int
     passing: int  # what one block's backward holds for a moment
     earlier_gradients: int  # at the end of forward: of micro-batches before, or of the head alone
+    saving: int  # the copy that a checkpoint is written from
     allocator: int  # freed, but not given back
     trainable: int  # numbers
     parameters: int
@@ -81,7 +79,7 @@ class MemoryPlan:
         """The peak."""
         forward_ends = self.activations + self.logits + self.earlier_gradients
         backward_ends = self.gradients + self.passing
-        return self.weights + self.optimizer + self.allocator + max(forward_ends, backward_ends)
+        return self.weights + self.optimizer + self.saving + self.allocator + max(forward_ends, backward_ends)
 
 
 def plan_memory(settings: RunSettings, config: GPTConfig, device: str = "cpu", world_size: int = 1) -> MemoryPlan:
@@ -110,10 +108,25 @@ def plan_memory(settings: RunSettings, config: GPTConfig, device: str = "cpu", w
         logits=max(pieces, kept.passing()) + 8 * kept.tokens * config.n_embd + (head if accumulates else 0),
         passing=kept.passing() + 8 * kept.tokens * config.n_embd,
         earlier_gradients=4 * trainable if accumulates else head,
+        saving=_saving(
+            settings, 4 * (trainable if _adapts(settings) else total) + _optimizer_bytes(settings, model), device
+        ),
         allocator=int(_holes(device) * kept.activations(False)),
         trainable=trainable,
         parameters=total,
     )
+
+
+def _adapts(settings: RunSettings) -> bool:
+    return isinstance(settings, FinetuneSettings) and METHODS[settings.finetune_method].adapts
+
+
+def _saving(settings: RunSettings, checkpoint: int, device: str) -> int:
+    """Bytes of the copy in host memory; the last checkpoint of a run, and small ones, are written as they are."""
+    every, steps = settings.checkpoint_interval, settings.max_steps
+    between = every == "epoch" or 0 < int(every) < steps
+    beside = settings.async_save == "on" or (settings.async_save == "auto" and checkpoint >= LARGE)
+    return checkpoint if device == "cpu" and between and beside else 0
 
 
 def _holes(device: str) -> float:
@@ -255,7 +268,7 @@ def _reference(settings: RunSettings, weights: int) -> int:
     if isinstance(settings, FinetuneSettings) and settings.objective == "distill" and settings.teacher is not None:
         with torch.device("meta"):
             return 4 * GPT(read_config(settings.teacher)).num_params()
-    if getattr(settings, "objective", "sft") == "sft" or METHODS[settings.finetune_method].adapts:  # type: ignore[attr-defined]
+    if getattr(settings, "objective", "sft") == "sft" or _adapts(settings):
         return 0
     return weights
 
@@ -275,114 +288,3 @@ def _optimizer_bytes(settings: RunSettings, model: GPT) -> int:
             muon = settings.optimizer == "muon" and name.startswith("h.") and parameter.ndim == 2
             numbers += parameter.numel() * (1 if muon else 2)
     return 4 * numbers
-
-
-# -- what is printed -------------------------------------------------------------------------------------------------
-
-
-def show_plan(
-    settings: RunSettings, device: torch.device, world_size: int, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Print the plan of a run, its share of the memory there is, and what would save how much; the figures in bytes.
-
-    Raises ValueError or OSError as the run would.
-    """
-    check_settings(settings)
-    config = network_config(settings, say)
-    plan = plan_memory(settings, config, device.type, world_size)
-    free, size = memory_of(device)
-    rows = {
-        "weights": plan.weights,
-        "gradients": plan.gradients,
-        "optimizer state": plan.optimizer,
-        "activations": plan.activations,
-        "logits and passing arrays": max(plan.logits, plan.passing),
-        "freed, kept by the allocator": plan.allocator,
-    }
-    of = f"{settings.batch_size} x {min(settings.block_size, config.block_size)} tokens"
-    say(f"Memory plan: {plan.parameters:,} parameters, {plan.trainable:,} train, micro-batches of {of}")
-    for name, value in rows.items():
-        say(f"  {name + ':':30}{_shown(value):>12}")
-    share = f"{100 * plan.total / size:.0f}% of the {_shown(size)} of {device}"
-    say(f"  {'at the peak:':30}{_shown(plan.total):>12}, {share}")
-    for flag, less in savings(settings, config, device.type, world_size):
-        say(f"  {flag} saves {_shown(less)} ({100 * less / plan.total:.0f}%)")
-    largest = largest_batch(settings, config, device.type, world_size, free)
-    say(f"  Largest --batch_size for the {_shown(free)} free now: {largest or 'none'} (worked out, not tried)")
-    return {**dataclasses.asdict(plan), "total": plan.total, "free": free, "memory": size, "largest_batch": largest}
-
-
-def network_config(settings: RunSettings, say: Callable[[str], None]) -> GPTConfig:
-    """The network that a run would begin with, read without its weights."""
-    if settings.checkpoint_path is not None:
-        return read_config(settings.checkpoint_path)
-    if isinstance(settings, FinetuneSettings):
-        try:
-            return read_config(settings.pretrained_checkpoint)
-        except OSError as error:
-            if is_explicit(settings, "pretrained_checkpoint"):
-                raise
-            say(f"Default --pretrained_checkpoint not used: {error}; planned for --preset {settings.preset}")
-    return preset(settings.preset, block_size=settings.block_size)
-
-
-def savings(settings: RunSettings, config: GPTConfig, device: str, world_size: int) -> list[tuple[str, int]]:
-    """Which switch would save how many bytes, the largest first."""
-    switches: dict[str, dict[str, Any]] = {
-        "--gradient_checkpointing": {"gradient_checkpointing": True},
-        f"--batch_size {settings.batch_size // 2}": {"batch_size": settings.batch_size // 2},
-        f"--block_size {settings.block_size // 2}": {"block_size": settings.block_size // 2},
-    }
-    if isinstance(settings, FinetuneSettings):
-        for method in ("lora", "qlora"):
-            switches[f"--finetune_method {method}"] = {"finetune_method": method}
-    now, found = plan_memory(settings, config, device, world_size).total, []
-    for flag, change in switches.items():
-        if 0 in change.values():  # half of one
-            continue
-        less = now - plan_memory(dataclasses.replace(settings, **change), config, device, world_size).total
-        if less > 0.01 * now:
-            found.append((flag, less))
-    return sorted(found, key=lambda entry: -entry[1])
-
-
-def largest_batch(settings: RunSettings, config: GPTConfig, device: str, world_size: int, free: int) -> int:
-    """The largest power of two as --batch_size whose plan fits into 90% of `free` bytes; 0 where not even 1 does."""
-    best, size = 0, 1
-    while size <= 1 << 16:
-        total = plan_memory(dataclasses.replace(settings, batch_size=size), config, device, world_size).total
-        if total > _FILL * free:
-            break
-        best, size = size, 2 * size
-    return best
-
-
-def memory_of(device: torch.device) -> tuple[int, int]:
-    """Bytes free now, and in all, of a GPU or of this machine."""
-    if device.type == "cuda":
-        free, size = torch.cuda.mem_get_info(device)
-        return free, size
-    page = os.sysconf("SC_PAGE_SIZE")
-    return page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
-
-
-class OutOfMemory(ValueError):
-    """A run that took more memory than there is; the message names remedies."""
-
-
-def out_of_memory(settings: RunSettings, device: torch.device, world_size: int, error: Exception) -> str:
-    """What to say when memory ran out: what the plan says, and what each remedy saves."""
-    text = f"out of memory: {' '.join(str(error).split())[:200]}."
-    try:
-        config = network_config(settings, lambda _: None)
-        plan = plan_memory(settings, config, device.type, world_size)
-        remedies = [
-            f"{flag} ({_shown(less)} less)" for flag, less in savings(settings, config, device.type, world_size)
-        ]
-    except (ValueError, OSError):  # the plan must not hide the error that it explains
-        return text + " Remedies: a smaller --batch_size, --gradient_checkpointing, a smaller --block_size"
-    return f"{text} This run is planned to take {_shown(plan.total)} (--plan). Remedies: {', '.join(remedies)}"
-
-
-def _shown(size: int) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

@@ -92,6 +92,8 @@ class RunSettings:
     """Steps between full checkpoints, or `epoch`; the last step is always saved. 0 = only the last."""
     keep_last_n_checkpoints: int = 3
     """Newest checkpoints to keep (best.pt is kept besides); 0 = all."""
+    async_save: Literal["auto", "on", "off"] = "auto"
+    """Write checkpoints beside the next steps, from a copy in host memory; auto: those of 64 MB and more."""
     auto_resume: bool = False
     """Go on from the newest good checkpoint in log_dir, if there is one."""
     resume: bool = False

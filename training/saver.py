@@ -10,20 +10,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from formats.checkpoint import masks_entry, save_checkpoint
+from formats.checkpoint import masks_entry, payload_bytes, save_checkpoint
 from model.gpt import GPT
 from model.masks import sparsity_line, sparsity_report
 from model.tuning import adapter_state
 from training import rng
+from training.background import Background, HostCopies
 from training.distributed import Dist
 from training.metrics import Console
 from training.optimizer import optimizer_state
 from training.progress import Progress
 from training.run_folder import RunFolder
 
+LARGE = 64 << 20  # bytes of a checkpoint from which writing it is left to a thread: below, it takes under 0.2 s
+
 
 class Saver:
     """Writes the state at the end of the last completed step. Every rank calls it; rank 0 writes one file.
+
+    A large one is copied to host memory and written beside the next steps (`async_save`); the loop waits for the copy,
+    and for the write when the next save is due, before it leaves, and at the last step.
 
     A stop can come in the middle of a step: weights and optimizer are still those of the step before, but random
     states and the data cursor have moved on. So these are remembered at the end of each step.
@@ -39,8 +45,12 @@ class Saver:
         keep: int,
         console: Console,
         about: dict[str, Any],
+        async_save: str = "auto",
     ) -> None:
         self.folder, self.here, self.keep, self.console = folder, here, keep, console
+        self.async_save = async_save
+        self._background, self._copies = Background(), HostCopies()
+        self._writing: int | None = None  # the step whose checkpoint the thread has in hand; known to every rank
         self.model, self.optimizers, self.scaler = model, optimizers, scaler
         self.about = about  # config, tokenizer, template, settings: what does not change in a run
         self.saved_step: int | None = None
@@ -56,38 +66,75 @@ class Saver:
     def save(self, required: bool = False) -> None:
         """Write model_NNNNN.pt, then prune the old ones. A failure is said and tried again later, unless `required`."""
         states = [rng.from_bytes(each) for each in self.here.gather_bytes(rng.to_bytes(self._rng))]
+        self.settle()
         written, failure = False, None
         if self.here.is_main:
             try:
-                written = self._write(states)
+                written = self._write(states, may_go_on=not required)
             except OSError as error:
                 failure = error
-        (saved,) = self.here.max(float(written))  # else rank 0 alone would save again before leaving, and wait for ever
+        # Else rank 0 alone would save again before leaving, and wait for ever.
+        saved, goes_on = self.here.max(float(written), float(self._background.pending))
         if saved:
             self.saved_step = self._progress.step
+        self._writing = self._progress.step if goes_on else None
         if failure is not None and required:
             raise failure
         if failure is not None:
-            self.console.say(
-                f"Checkpoint not saved: {failure}. The previous one is whole; trying again at the next interval."
-            )
+            self._say_failed(failure)
 
-    def _write(self, rng_states: list[dict[str, Any]]) -> bool:
-        """One file, on rank 0; False where the weights are not worth it."""
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written, if one is; from then on it counts as saved, or not."""
+        if self._writing is None:
+            return
+        failure = self._wait()
+        (failed,) = self.here.max(float(failure is not None))
+        if failed and self.saved_step == self._writing:
+            self.saved_step = None
+        self._writing = None
+
+    def close(self) -> None:
+        """The same without the other ranks, on the way out."""
+        self._wait()
+
+    def _wait(self) -> OSError | None:
+        try:
+            self._background.wait()
+        except OSError as error:
+            self._say_failed(error)
+            return error
+        return None
+
+    def _say_failed(self, failure: OSError) -> None:
+        self.console.say(
+            f"Checkpoint not saved: {failure}. The previous one is whole; trying again at the next interval."
+        )
+
+    def _write(self, rng_states: list[dict[str, Any]], may_go_on: bool) -> bool:
+        """One file, on rank 0; False where the weights are not worth it. `may_go_on`: the loop need not wait for it."""
         step = self._progress.step
         if not self._finite():
             self.console.say(f"Step {step}: the weights are not finite; no checkpoint of them is kept.")
             return False
-        path = self.folder.checkpoint_path(step)
-        size = save_checkpoint(path, self._payload(rng_states))
-        self.folder.prune(self.keep)
-        self.console.say(f"Saved {path} ({size / 1e6:.1f} MB)")
+        path, payload = self.folder.checkpoint_path(step), self._payload(rng_states)
+        large = payload_bytes(payload) >= LARGE
+        if may_go_on and (self.async_save == "on" or (self.async_save == "auto" and large)):
+            copied = self._copies.of(payload)
+            self._background.start(lambda: self._write_file(path, copied))
+        else:
+            self._write_file(path, payload)
         if self.model.masks:
             self.console.say(f"Sparsity: {sparsity_line(sparsity_report(self.model, self.model.masks))}")
         return True
 
+    def _write_file(self, path: Path, payload: dict[str, Any]) -> None:
+        size = save_checkpoint(path, payload)
+        self.folder.prune(self.keep)
+        self.console.say(f"Saved {path} ({size / 1e6:.1f} MB)")
+
     def save_remembered(self, reason: str) -> None:
         """Before leaving early: save the last completed step, unless that is done or there is none."""
+        self.settle()
         step = self._progress.step
         if step < 0:
             self.console.say(f"Stopped by {reason} before the first step was complete: nothing to save.")
