@@ -91,7 +91,7 @@ def prune_sparse(
     and the second-order block method ask for them. masks: those of a model that is sparse already; its zeros stay.
     Raises ValueError for settings that do not fit the model, or when something that they need is not given.
     """
-    old = {name: mask.dense() for name, mask in (masks or {}).items()}
+    old = {name: mask.dense().to(model.wte.weight.device) for name, mask in (masks or {}).items()}
     prune = _second_order_blocks if settings.pattern == BLOCK and settings.method == "sparsegpt" else _one_by_one
     new = prune(model, source, found, settings, old)
     result = {**(masks or {}), **new}
