@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity and, later, text metrics and multiple choice."""
+"""What a model is worth: perplexity, held-out answers, multiple choice, lm-eval; and answers side by side."""

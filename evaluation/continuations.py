@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -59,7 +60,8 @@ def score_continuations(
     """The likelihood of each continuation, in order; `progress` is told how many each batch scored.
 
     Of what exceeds the model's context the beginning is not read. Neighbours with one context share its reading. The
-    batch size changes a result by rounding only. Raises ValueError for a continuation that is longer than the context.
+    batch size changes a result by rounding only. Raises ValueError for a continuation that is longer than the context,
+    and for a model whose logits are not finite.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: expected at least 1")
@@ -70,7 +72,10 @@ def score_continuations(
         for number, batch in share(batches, processes):
             found[number] = _score(model, batch)
             progress(len(batch))
-    return [Likelihood(*each) for each in itertools.chain.from_iterable(gather(found, processes))]
+    scores = [Likelihood(*each) for each in itertools.chain.from_iterable(gather(found, processes))]
+    if any(math.isnan(score.log_probability) for score in scores):
+        raise ValueError("the model's logits are not finite: its weights have diverged, take an earlier checkpoint")
+    return scores
 
 
 def _fit(pair: Continuation, limit: int) -> Continuation:

@@ -110,6 +110,8 @@ def _check_numbers(settings: EvaluateSettings) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: expected at least 1")
+    if settings.max_samples is not None and not (settings.data_dir or settings.multiple_choice or settings.lm_eval):
+        raise ValueError(f"--max_samples {settings.max_samples}: counts records and questions; for a text --max_tokens")
     if settings.keep_predictions < 0:
         raise ValueError(f"--keep_predictions {settings.keep_predictions}: expected 0 or more")
 
@@ -270,6 +272,11 @@ class _Work:
         """A folder of shards, or a file of records."""
         path = resolve_data_dir(name)
         if not path.is_file():
+            if self.settings.prompt_template != "auto":
+                raise ValueError(
+                    f"--prompt_template {self.settings.prompt_template}: {path} keeps the template that it was "
+                    "prepared with; give its records as a JSONL, or leave it out"
+                )
             return PreparedSet(open_dataset(path, self.settings.split), self.settings.max_samples)
         records = RecordFile(path, self.settings.max_samples)
         for why, count in records.left_out.items():
@@ -305,8 +312,13 @@ def _values(result: PerplexityResult) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _naming(opened: OpenModel, name: str) -> Iterator[None]:
-    """Errors in it say which model and which text they are about."""
+    """Errors in it say which model and which text they are about; memory that is too small is one of them."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{opened.path} on {name}: {error}") from None
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # as a CPU says
+            raise
+        reason = "out of memory: use a smaller --batch_size, then a smaller --seq_len or --max_new_tokens"
+        raise ValueError(f"{opened.path} on {name}: {reason}") from None

@@ -140,7 +140,8 @@ def predictions(results: Sequence[dict[str, Any]], width: int | None) -> str:
             lines += ["", show_controls(f"{text}, answer {number}{category}")]
             said = [(result["checkpoint"], answer["prediction"]) for result, answer in zip(group, same)]
             for name, value in [("prompt", same[0]["prompt"]), ("reference", same[0]["reference"]), *said]:
-                lines.append(_shortened(f"  {_pad(show_controls(name), size)}  {one_line(value)}", width))
+                shown = one_line(value) or "(no words)"
+                lines.append(_shortened(f"  {_pad(show_controls(name), size)}  {shown}", width))
     return "\n".join(lines[1:])
 
 

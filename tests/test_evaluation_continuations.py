@@ -115,6 +115,13 @@ def test_a_continuation_longer_than_the_context_is_refused() -> None:
         score_continuations(tiny_model(), [Continuation([1], [2])], batch_size=0)
 
 
+def test_a_model_that_has_diverged_is_refused() -> None:
+    model = tiny_model()
+    model.ln_f.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="logits are not finite"):
+        score_continuations(model, [Continuation([1], [2])], batch_size=1)
+
+
 # ---- pairs of texts
 
 

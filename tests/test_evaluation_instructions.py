@@ -209,6 +209,20 @@ def test_prompts_with_references_are_records_too(tmp_path: Path, model: Path) ->
     assert asked[0].questions == asked[1].questions and asked[0].questions[0].reference == "abab"
 
 
+def test_too_little_memory_costs_one_line(
+    model: Path, records: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPU: can't allocate memory")):
+
+        def fail(*_: Any, error: Exception = error, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("evaluation.answers.generate", fail)
+        words = ("--checkpoints", model, "--data_dir", records, "--metrics", "f1")
+        line = one_line_error(run_main(capsys, script.main, EvaluateSettings, *words))
+        assert "m.pt on records.jsonl: out of memory: use a smaller --batch_size" in line
+
+
 def test_control_characters_and_half_characters_are_data(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -259,6 +273,10 @@ def test_mistakes_cost_one_line(tmp_path: Path, model: Path, records: Path, caps
     assert "holds text; answers are compared" in why("--data_dir", text_set(tmp_path / "text"))
     assert "holds preference; answers are compared" in why("--data_dir", pair_set(tmp_path / "pairs"))
     assert "which --max_samples does not count" in why("--data_dir", tmp_path / "text", "--max_samples", "2")
+    assert "--max_samples 2: counts records and questions" in why(
+        "--input", records, "--max_samples", "2", metrics="loss"
+    )
+    assert "--prompt_template chatml: " in why("--data_dir", tmp_path / "pairs", "--prompt_template", "chatml")
     for name in ("--max_samples", "--max_new_tokens", "--batch_size"):
         assert f"{name} 0: expected at least 1" in why("--data_dir", records, name, "0")
     assert "--keep_predictions -1" in why("--data_dir", records, "--keep_predictions", "-1")

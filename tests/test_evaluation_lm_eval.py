@@ -79,6 +79,23 @@ def test_an_unknown_task_costs_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert "--lm_eval no_such_task: lm-eval has no such task" in message
 
 
+def test_hellaswags_rows_are_prepared_as_there(tmp_path: Path) -> None:
+    utils = pytest.importorskip("lm_eval.tasks.hellaswag.utils", reason="lm-eval is not installed")
+    from datasets import Dataset
+
+    row = {
+        "activity_label": "Baking  bread",
+        "ctx_a": "[header] How to bake [title] Heat the oven.  Wait",
+        "ctx_b": "then the Cook",
+        "ctx": "not read",
+        "endings": [" stirs. [substeps] Slowly.", "leaves [step] the [title] House."],
+        "label": "1",
+    }
+    (theirs,) = utils.process_docs(Dataset.from_list([row]))
+    (ours,) = read_choices(write(tmp_path / "q.jsonl", [row]))
+    assert (theirs["query"], theirs["choices"], theirs["gold"]) == ours
+
+
 def test_without_lm_eval_the_package_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "m.pt")
     loaded = {name: value for name, value in sys.modules.items() if name.partition(".")[0] != "lm_eval"}
