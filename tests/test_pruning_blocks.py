@@ -116,3 +116,14 @@ def test_windows_alone_are_enough_and_layers_out_of_range_only_change_places():
         if ".1." in name:
             assert torch.equal(weight.flatten().sort().values, before[name].flatten().sort().values)
     assert float((model(windows)[..., :97] - logits).square().mean()) < float(logits.square().mean())
+
+
+def test_units_stay_where_they_are_if_asked_to():
+    model, _, statistics, _ = calibrated(GPT2)
+    found = gradients(model, batch(GPT2, B=4, T=32)[0])
+    table = model.wte.weight.clone()
+    settings = SparseSettings(method="sparsegpt", pattern="block", block_size=4, reorder=False)
+    fixed, free = copy.deepcopy(model), model
+    prune_sparse(fixed, statistics, found, settings)
+    prune_sparse(free, statistics, found, dataclasses.replace(settings, reorder=True))
+    assert torch.equal(fixed.wte.weight, table) and not torch.equal(free.wte.weight, table)

@@ -39,6 +39,7 @@ class SparseSettings:
     allocation: str = "uniform"
     layer_start: int = 0
     layer_end: int | None = None  # exclusive; None: the last layer too
+    reorder: bool = True  # blocks by sparsegpt: hidden units may change places, also against a dense model beside it
     damping: float = 0.01  # of least squares and H^-1, as a share of the mean of H's diagonal
 
     def __post_init__(self) -> None:
@@ -116,6 +117,7 @@ def _second_order_blocks(
         settings.cap,
         settings.damping,
         together=settings.allocation == "unbalanced",
+        reorder=settings.reorder,
     )
     return prune_blocks(model, source, _squared_gradients(model, found), block, old)
 
