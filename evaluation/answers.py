@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from evaluation.checkpoints import ignore
 from evaluation.instructions import Asked, Question
-from evaluation.processes import ALONE, Processes, gather, share
+from evaluation.processes import ALONE, Processes, map_batches
 from evaluation.text_metrics import score_answers
 from formats.open_model import OpenModel
 from model.generate import generate
@@ -29,15 +28,20 @@ def answer_all(
     changes an answer only where rounding decides between two tokens. Raises ValueError for a prompt with ids that the
     model does not know.
     """
-    prompts = iter([question.prompt for question in asked.questions])
-    batches = iter(lambda: list(itertools.islice(prompts, batch_size)), [])
-    found: dict[int, list[str]] = {}
-    for number, batch in share(batches, processes):
+
+    def answer(questions: list[Question]) -> list[str]:
+        prompts = [question.prompt for question in questions]
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "stop_ids": asked.stop_ids}
-        answers = generate(opened.model, batch, **options)
-        found[number] = [asked.answer(ids, opened.tokenizer) for ids in answers]
-        progress(len(batch))
-    return list(itertools.chain.from_iterable(gather(found, processes)))
+        return [asked.answer(ids, opened.tokenizer) for ids in generate(opened.model, prompts, **options)]
+
+    return map_batches(
+        asked.questions,
+        answer,
+        batch_size=batch_size,
+        length=lambda question: len(question.prompt),
+        progress=progress,
+        processes=processes,
+    )
 
 
 def compare_answers(

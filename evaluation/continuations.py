@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from torch import Tensor
 from data.loader import IGNORED
 from data.tokenizer import Tokenizer
 from evaluation.checkpoints import ignore
-from evaluation.processes import ALONE, Processes, gather, share
+from evaluation.processes import ALONE, Processes, map_batches
 from evaluation.token_scores import evaluating, stack, token_scores
 from model.cache import KVCache
 from model.gpt import GPT
@@ -63,16 +62,17 @@ def score_continuations(
     batch size changes a result by rounding only. Raises ValueError for a continuation that is longer than the context,
     and for a model whose logits are not finite.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size}: expected at least 1")
     fitting = [_fit(pair, model.context_length) for pair in pairs]
-    batches = (fitting[start : start + batch_size] for start in range(0, len(fitting), batch_size))
-    found: dict[int, list[Likelihood]] = {}
     with evaluating(model):
-        for number, batch in share(batches, processes):
-            found[number] = _score(model, batch)
-            progress(len(batch))
-    scores = [Likelihood(*each) for each in itertools.chain.from_iterable(gather(found, processes))]
+        found = map_batches(
+            fitting,
+            lambda batch: _score(model, batch),
+            batch_size=batch_size,
+            length=lambda pair: len(pair.context),
+            progress=progress,
+            processes=processes,
+        )
+    scores = [Likelihood(*each) for each in found]
     if any(math.isnan(score.log_probability) for score in scores):
         raise ValueError("the model's logits are not finite: its weights have diverged, take an earlier checkpoint")
     return scores

@@ -11,13 +11,13 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from evaluation.checkpoints import finite_or_none, ignore
 from evaluation.continuations import Continuation, encode_pair, score_continuations
-from evaluation.processes import ALONE, Processes, gather, share
+from evaluation.processes import ALONE, Processes, map_batches
 from formats.open_model import OpenModel
 from model.generate import generate
 
@@ -88,7 +88,8 @@ def language_model(
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
             """(sum of log-probabilities, whether greedy decoding would say it) of each (context, continuation)."""
             pairs = [encode_pair(opened.tokenizer, *request.args) for request in requests]
-            return [tuple(each) for each in score_continuations(opened.model, pairs, **shared)]
+            scores = score_continuations(opened.model, pairs, **shared)
+            return [(score.log_probability, score.is_greedy) for score in scores]
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
             """The log-probability of each text, every token of it scored once."""
@@ -117,27 +118,16 @@ def rolling_windows(opened: OpenModel, text: str) -> list[Continuation]:
     return windows
 
 
-def _answers(
-    opened: OpenModel,
-    requests: Sequence[tuple[str, dict[str, Any]]],
-    batch_size: int,
-    progress: Callable[[int], object],
-    processes: Processes,
-) -> list[str]:
+def _answers(opened: OpenModel, requests: Sequence[tuple[str, dict[str, Any]]], **shared: Any) -> list[str]:
     """Neighbours with equal options are generated together."""
-    batches: list[list[tuple[str, dict[str, Any]]]] = []
-    for request in requests:
-        if not batches or len(batches[-1]) == batch_size or batches[-1][0][1] != request[1]:
-            batches.append([])
-        batches[-1].append(request)
-    found: dict[int, list[str]] = {}
-    for number, batch in share(batches, processes):
-        found[number] = _answer(opened, [context for context, _ in batch], batch[0][1])
-        progress(len(batch))
-    return list(itertools.chain.from_iterable(gather(found, processes)))
+    found: list[str] = []
+    for options, group in itertools.groupby(requests, key=lambda request: request[1]):
+        work = partial(_answer, opened, options=options)
+        found += map_batches([context for context, _ in group], work, length=len, **shared)
+    return found
 
 
-def _answer(opened: OpenModel, contexts: list[str], options: dict[str, Any]) -> list[str]:
+def _answer(opened: OpenModel, contexts: list[str], *, options: dict[str, Any]) -> list[str]:
     """The answers of one batch; an answer ends before any of the texts in `until`."""
     tokenizer = opened.tokenizer
     until = options.get("until") or []

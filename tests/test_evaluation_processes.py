@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from evaluation.evaluate import evaluate
-from evaluation.processes import gather, share
+from evaluation.processes import ALONE, gather, map_batches, share
 from evaluation.settings import EvaluateSettings
 from tests.test_evaluation_instructions import RECORDS
 from tests.test_evaluation_multiple_choice import ROWS, write
@@ -42,6 +42,21 @@ def test_every_item_is_done_once_and_all_hear_of_it_in_order(world_size: int) ->
     for part, mine in zip(parts[:-1], found):
         heard[part.rank] = json.dumps(list(mine.items())).encode()
     assert gather(found[-1], parts[-1]) == [0.0, 0.1, 0.2, 0.1 * 3]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 10])
+def test_the_longest_go_first_and_the_results_stay_in_order(batch_size: int) -> None:
+    words, seen, told = ["a", "ccc", "bb", "dddd", "ee", "f"], [], []
+
+    def shout(batch: list[str]) -> list[str]:
+        seen.append(batch)
+        return [word.upper() for word in batch]
+
+    how: dict[str, Any] = {"batch_size": batch_size, "length": len, "progress": told.append, "processes": ALONE}
+    assert map_batches(words, shout, **how) == ["A", "CCC", "BB", "DDDD", "EE", "F"]
+    assert [word for batch in seen for word in batch] == ["dddd", "ccc", "bb", "ee", "a", "f"]
+    assert max(map(len, seen)) == min(batch_size, 6) and told == [len(batch) for batch in seen]
+    assert map_batches([], shout, **how) == []
 
 
 def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
