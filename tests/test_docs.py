@@ -17,6 +17,7 @@ from evaluation.settings import EvaluateSettings, SampleSettings
 from export import COMMANDS as EXPORTS
 from pruning.settings import PruneSettings
 from training.run_settings import FinetuneSettings, TrainSettings
+from training.search_settings import SearchSettings
 from training.settings import parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,7 @@ SETTINGS = {
     "sample.py": SampleSettings,
     "evaluate.py": EvaluateSettings,
     "prune.py": PruneSettings,
+    "tune.py": SearchSettings,
     "export.py": object,
 }
 # Blocks tagged so need what this machine may lack; they are parsed, the others run.

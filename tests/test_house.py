@@ -25,6 +25,7 @@ MAY_IMPORT = {
 NO_TORCH = (
     "training/settings.py",
     "training/run_settings.py",
+    "training/search_settings.py",
     "training/heap.py",
     "data/settings.py",
     "evaluation/settings.py",

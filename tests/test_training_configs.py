@@ -13,13 +13,14 @@ from data.settings import PrepareSettings
 from pruning.settings import PruneSettings
 from pruning.settings import check as check_pruning
 from training.run_settings import FinetuneSettings, TrainSettings
-from training.settings import parse
+from training.search_settings import Choices, SearchSettings, Space, read_space
+from training.settings import from_words, parse
 from training.step_plan import check_settings, plan_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SCRIPTS: dict[str, Any] = {"prepare_data.py": PrepareSettings, "train_gpt2.py": TrainSettings}
-SCRIPTS |= {"finetune_dolly.py": FinetuneSettings, "prune.py": PruneSettings}
+SCRIPTS |= {"finetune_dolly.py": FinetuneSettings, "prune.py": PruneSettings, "tune.py": SearchSettings}
 EVERYTHING = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RECOVERY = {"block_size": 512, "batch_size": 1, "max_grad_norm": 1.0, "lr_schedule": "linear", "min_lr_ratio": 0.0}
 PRUNE = {"method": "structured", "pruning_ratio": 0.25, "prune_mlp": True, "finetune_method": "full"}
@@ -88,8 +89,18 @@ KNOWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def a_trial_of(space: Space) -> FinetuneSettings:
+    """The first of each list, the lower end of each range."""
+    drawn = {
+        name: values.plain()[0] if isinstance(values, Choices) else values.low for name, values in space.ranges.items()
+    }
+    return from_words(FinetuneSettings, space.words(drawn))
+
+
 def settings_of(path: Path) -> Any:
     cls: Any = TrainSettings if "pretrain" in path.stem else FinetuneSettings
+    if path.stem.startswith("search_"):
+        return a_trial_of(read_space(str(path)))
     cls = PruneSettings if path.stem.startswith("prune_") else cls
     return parse(cls, ["--config", str(path)])
 
@@ -102,6 +113,8 @@ def test_a_file_is_taken_and_its_settings_go_together(path: Path, capsys: pytest
     else:
         check_settings(settings)
         plan_steps(settings, settings.block_size, windows_per_epoch=settings.max_samples or 1000, world_size=1)
+    if path.stem.startswith("search_"):
+        return
     with pytest.raises(SystemExit) as stop:
         parse(type(settings), ["--config", str(path), "--print_config"])
     assert stop.value.code == 0 and "_lr: " in capsys.readouterr().out
