@@ -65,7 +65,10 @@ def compare_answers(
 def compare_by_category(
     questions: Sequence[Question], answers: Sequence[str], metrics: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """The metrics over the answers of each category alone, in the order of their names; {} without categories."""
+    """The metrics over the answers of each category alone, in the order of their names; {} without categories.
+
+    A category in Chinese counts by signs though the set does not, so that each has signatures of its own.
+    """
     groups: dict[str, tuple[list[str], list[str]]] = {}
     for question, answer in zip(questions, answers):
         ours, references = groups.setdefault(question.category, ([], []))
@@ -73,7 +76,8 @@ def compare_by_category(
         references.append(question.reference)
     if set(groups) == {""}:
         return {}
-    return {
-        category: {"samples": len(ours), **score_answers(ours, references, metrics).values}
-        for category, (ours, references) in sorted(groups.items())
-    }
+    found = {}
+    for category, pairs in sorted(groups.items()):
+        scores = score_answers(*pairs, metrics)
+        found[category] = {"samples": len(pairs[0]), **scores.values, "signatures": scores.signatures}
+    return found

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,20 @@ def evaluate(
     measures = work.measures()  # all input is read before the first model
     results = []
     for label, ref in zip(short_labels(settings.checkpoints), settings.checkpoints):
-        opened = open_model(ref, device, base_model=settings.base_model)
-        check_vocabulary(opened)
-        for measure in measures:
-            began = time.perf_counter()
-            found = measure(label, opened)
-            head = {"checkpoint": label, "path": str(opened.path), "step": opened.step}
-            results.append({**head, **found, "seconds": time.perf_counter() - began})
+        results += _measured(label, partial(open_model, ref, device, base_model=settings.base_model), measures)
     return {"format": 1, "metrics": asked_metrics(settings), "results": results}
+
+
+def _measured(label: str, open_it: Callable[[], OpenModel], measures: Sequence[Measure]) -> list[dict[str, Any]]:
+    """All that is asked of one checkpoint, which is in memory no longer than this takes."""
+    opened, results = open_it(), []
+    check_vocabulary(opened)
+    for measure in measures:
+        began = time.perf_counter()
+        found = measure(label, opened)
+        head = {"checkpoint": label, "path": str(opened.path), "step": opened.step}
+        results.append({**head, **found, "seconds": time.perf_counter() - began})
+    return results
 
 
 def asked_metrics(settings: EvaluateSettings) -> list[str]:
@@ -152,8 +158,8 @@ class _Work:
     def of_text(self, text: PlainText, label: str, opened: OpenModel) -> dict[str, Any]:
         """How likely a text is."""
         stream = text.stream(opened.tokenizer)
-        block_size = self.settings.block_size or text.window(opened.model.config.block_size)
-        stride = self.settings.stride or (max(1, block_size // 2) if text.recipe is None else block_size)
+        block_size = self._window(text.window(opened.model.config.block_size))
+        stride = self._stride(max(1, block_size // 2) if text.recipe is None else block_size)
         limit = text.limit(self._at_most(stream.n_tokens), block_size)
         begins = "no begin token" if opened.tokenizer.bos_id is None else "behind the begin token"
         how = begins if text.recipe is None else f"{begins}; {text.recipe.how}"
@@ -166,8 +172,8 @@ class _Work:
         by_category: dict[str, dict[str, Any]] = {}
         if self.likelihood:
             stream = instructions.stream(opened, template)
-            block_size = self.settings.block_size or opened.model.config.block_size
-            stride = self.settings.stride or max(1, block_size // 2)
+            block_size = self._window(opened.model.config.block_size)
+            stride = self._stride(max(1, block_size // 2))
             limit = self._at_most(instructions.limit(stream))
             how = "each record by itself" if stream.has_mask else "no begin token"
             found, scores = self._likelihood(label, opened, instructions.name, stream, limit, block_size, stride, how)
@@ -277,7 +283,10 @@ class _Work:
                     f"--prompt_template {self.settings.prompt_template}: {path} keeps the template that it was "
                     "prepared with; give its records as a JSONL, or leave it out"
                 )
-            return PreparedSet(open_dataset(path, self.settings.split), self.settings.max_samples)
+            prepared = PreparedSet(open_dataset(path, self.settings.split), self.settings.max_samples)
+            if self.answers:
+                prepared.check_answers()
+            return prepared
         records = RecordFile(path, self.settings.max_samples)
         for why, count in records.left_out.items():
             self._say([f"{path}: left out {count:,} record{'s' * (count > 1)} {why}"])
@@ -285,6 +294,12 @@ class _Work:
 
     def _template(self, opened: OpenModel) -> Template | None:
         return opened.template if self.settings.prompt_template == "auto" else self.template
+
+    def _window(self, default: int) -> int:
+        return default if self.settings.block_size is None else self.settings.block_size
+
+    def _stride(self, default: int) -> int:
+        return default if self.settings.stride is None else self.settings.stride
 
     def _at_most(self, n_tokens: int) -> int:
         return n_tokens if self.settings.max_tokens is None else min(n_tokens, self.settings.max_tokens)

@@ -7,9 +7,10 @@ what it was made with, and its references are what its mask supervises.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +18,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data.chat import Message, Template, render_conversation, stop_ids
-from data.prompt_template import PromptTemplate
+from data.chat import Template, render_conversation, stop_ids
+from data.prompt_template import PromptTemplate, Record
 from data.records import Sample, Unusable, format_of, sample_of
 from data.shards import TokenSet
 from data.sources import record_rows
@@ -118,12 +119,13 @@ class RecordFile:
         return found if any(found) else None
 
     def stream(self, opened: OpenModel, template: Template | None) -> ArrayTokens:
-        """See `Instructions`. Without a template, an answer continues the raw prompt after a space."""
+        """See `Instructions`."""
         ids: list[int] = []
         mask: list[int] = []
         starts = []
         for record in self.records:
-            new, marks = self._rendered(record, template, opened.tokenizer)
+            with _at(record.sample.where):
+                new, marks = _rendered(record.sample, template, opened.tokenizer)
             starts.append(len(ids))
             ids += new
             mask += marks
@@ -135,22 +137,43 @@ class RecordFile:
         questions = []
         for record in self.records:
             *before, answer = record.sample.messages
-            if template is None:
-                prompt = render_prompt(_raw(record.sample), None, tokenizer)
-            else:
-                prompt = render_conversation(before, template, tokenizer, add_generation_prompt=True)[0]
+            with _at(record.sample.where):
+                if template is None:
+                    prompt = render_prompt(_raw(record.sample), None, tokenizer)
+                else:
+                    prompt = render_conversation(before, template, tokenizer, add_generation_prompt=True)[0]
             shown = "\n\n".join(part for part in (before[-1]["content"], before[-1].get("context", "")) if part)
             questions.append(Question(prompt, utf8(shown), utf8(answer["content"]), record.category))
         return Asked(questions, template, stop_ids(template, tokenizer))
 
-    def _rendered(
-        self, record: _Record, template: Template | None, tokenizer: Tokenizer
-    ) -> tuple[list[int], list[int]]:
-        if template is not None:
-            return render_conversation(record.sample.messages, template, tokenizer)
-        prompt = render_prompt(_raw(record.sample), None, tokenizer)
-        answer = tokenizer.encode(" " + record.sample.messages[-1]["content"])
-        return prompt + answer, [0] * len(prompt) + [1] * len(answer)
+
+def _rendered(sample: Sample, template: Template | None, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids and mask of a conversation; without a template, the answer follows the raw prompt after a space."""
+    if template is not None:
+        return render_conversation(sample.messages, template, tokenizer)
+    prompt = render_prompt(_raw(sample), None, tokenizer)
+    answer = tokenizer.encode(" " + sample.messages[-1]["content"])
+    return prompt + answer, [0] * len(prompt) + [1] * len(answer)
+
+
+def _raw(sample: Sample) -> Record:
+    """The one question of a record that is read without a template."""
+    if len(sample.messages) != 2:
+        raise ValueError(
+            f"a conversation of {len(sample.messages)} messages needs a template, and the model holds none: "
+            "name one with --prompt_template"
+        )
+    question = sample.messages[0]
+    return {"instruction": question["content"], "context": question.get("context", "")}
+
+
+@contextlib.contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Errors in it name the record that they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _with_usual_names(row: Any) -> Any:
@@ -165,17 +188,6 @@ def _category(row: dict[str, object], where: str) -> str:
     if category is not None and not isinstance(category, str):
         raise ValueError(f"{where}: the field 'category' is {type(category).__name__}, expected text")
     return utf8(category or "").strip()
-
-
-def _raw(sample: Sample) -> Message:
-    """The one question of a record that is read without a template."""
-    if len(sample.messages) != 2:
-        raise ValueError(
-            f"{sample.where}: a conversation of {len(sample.messages)} messages needs a template, and the model holds "
-            "none: name one with --prompt_template"
-        )
-    question = sample.messages[0]
-    return {"instruction": question["content"], "context": question.get("context", "")}
 
 
 # ---- a prepared set
@@ -212,7 +224,6 @@ class PreparedSet:
 
     def asked(self, opened: OpenModel, template: Template | None) -> Asked:
         """See `Instructions`; the prompt ends, and the reference begins, where the mask's last run of ones does."""
-        self._check_answers()
         self.stream(opened, template)
         own = template_from_spec(self.tokens.meta["template"])
         questions = []
@@ -228,7 +239,8 @@ class PreparedSet:
             raise ValueError(f"{self.tokens.folder}: none of its first {self.count:,} answers holds any text")
         return Asked(questions, own, stop_ids(own, opened.tokenizer))
 
-    def _check_answers(self) -> None:
+    def check_answers(self) -> None:
+        """Raises ValueError where the set holds no answers that others could be compared with."""
         kind = self.tokens.meta["kind"]
         if kind != "instruction":
             raise ValueError(

@@ -42,7 +42,7 @@ def run_task(
 ) -> dict[str, Any]:
     """{"samples", "version", "values": {metric: value}, "parts"} of a task, as lm-eval computes them.
 
-    A task is a name of lm-eval's, or a YAML file that describes one; a group of tasks has the values of its tasks in
+    A task is a name of lm-eval's, or a YAML file that describes one; a group or a tag has the values of its tasks in
     "parts". `progress` is told how many requests each batch answered.
     Raises ValueError for a task that there is not or that cannot be loaded.
     """
@@ -64,7 +64,7 @@ def run_task(
     return {
         "samples": sum(count["effective"] for count in found["n-samples"].values()),
         "version": found["versions"].get(name),
-        "values": _values(found["results"][name]),
+        "values": _values(found["results"].get(name, {})),
         "parts": {part: _values(values) for part, values in found["results"].items() if part != name},
     }
 

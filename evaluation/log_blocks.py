@@ -60,11 +60,12 @@ def choices_block(label: str, text: str, found: dict[str, Any]) -> list[str]:
 
 def task_block(label: str, task: str, found: dict[str, Any]) -> list[str]:
     """What lm-eval measured; `found` is what `run_task` gives."""
-    values = {name: value for name, value in found["values"].items() if value is not None}
+    values = dict(found["values"])
+    values |= {f"{part} {name}": value for part, each in found["parts"].items() for name, value in each.items()}
     return [
         HEADING,
         f"  Checkpoint = {label}",
         f"  Text = {task} (lm-eval, version {found['version']})",
         f"  Num examples = {found['samples']}",
-        *(f"Eval {name}: {value:.4f}" for name, value in values.items()),
+        *(f"Eval {name}: {value:.4f}" for name, value in values.items() if value is not None),
     ]

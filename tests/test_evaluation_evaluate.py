@@ -147,6 +147,8 @@ def test_mistakes_cost_one_line(tmp_path, capsys, text, model):
     assert "one.txt: the first 1 tokens hold no token with another before it" in why("--input", tmp_path / "one.txt")
     assert "Did you mean perplexity?" in why("--input", text, "--metrics", "perplexty")
     assert "expected 2 to 64, the model's context" in why("--input", text, "--block_size", "128")
+    assert "block_size 0: expected 2 to 64" in why("--input", text, "--seq_len", "0")
+    assert "stride 0: expected 1 to 64" in why("--input", text, "--stride", "0")
     assert "stride 65" in why("--input", text, "--stride", "65")
     assert "--max_tokens 1" in why("--input", text, "--max_tokens", "1")
     assert "no such checkpoint" in fails(capsys, "--checkpoints", tmp_path / "b.pt", "--input", text)

@@ -125,6 +125,17 @@ def test_answers_are_greedy_and_the_metrics_are_theirs(model: Path, records: Pat
     shorts = score_answers(answers[:2], references[:2], ["f1", "chrf"]).values
     assert {name: found["categories"]["short"][name] for name in shorts} == shorts
     assert (found["template"], found["max_new_tokens"]) == ("dolly", 6)
+    assert "tok:13a" in found["signatures"]["bleu"] and "tok:13a" in found["categories"]["long"]["signatures"]["bleu"]
+
+
+def test_a_category_in_chinese_counts_by_its_signs(tmp_path: Path, model: Path) -> None:
+    rows = [{"instruction": "A", "response": text, "category": text[0]} for text in ("你好", "ab", "ac", "ad")]
+    found = measure(model, write(tmp_path / "mixed.jsonl", rows), ("bleu",))
+    assert "tok:13a" in found["signatures"]["bleu"]
+    assert {name: "tok:zh" in values["signatures"]["bleu"] for name, values in found["categories"].items()} == {
+        "a": False,
+        "你": True,
+    }
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
@@ -288,6 +299,10 @@ def test_mistakes_cost_one_line(tmp_path: Path, model: Path, records: Path, caps
     assert "talks.jsonl:1: a conversation of 4 messages needs a template" in one_line_error(
         run_main(capsys, script.main, EvaluateSettings, *words)
     )
+    wrong = [{"messages": [{"role": r, "content": "x"} for r in ("user", "assistant", "tool", "assistant")]}]
+    path = write(tmp_path / "tools.jsonl", [RECORDS[0], *wrong])
+    for metrics in ("loss", "f1"):
+        assert "tools.jsonl:2: messages: prompt template dolly takes turns" in why("--data_dir", path, metrics=metrics)
     silent = instruction_set(tmp_path / "silent", [([65, 66, 256], [0, 0, 1])])
     assert "none of its first 1 answers holds any text" in why("--data_dir", silent.folder)
     words = ("--checkpoints", "some/model", "--input", records, "--json", "beside")
