@@ -6,13 +6,15 @@ import errno
 import json
 import math
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from training.metrics import AppendFile, Console, JsonLines, Wandb
+from training.metrics import AppendFile, Console, JsonLines
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -84,6 +86,22 @@ def test_what_a_power_cut_left_of_the_last_line_goes(rest: bytes, tmp_path: Path
     file.write({"step": 4})
     file.close()
     assert [line["step"] for line in lines(file.path)] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_leaves_whole_lines_only(tmp_path: Path) -> None:
+    for attempt in range(5):
+        file = record_file(tmp_path / f"{attempt}.jsonl")
+        child = os.fork()
+        if not child:
+            for step in range(10**9):
+                file.write({"step": step, "text": "word " * (step % 500)})
+        while not file.path.exists() or file.path.stat().st_size < 100_000 * attempt:
+            time.sleep(0.001)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert file.path.read_bytes().endswith(b"\n")
+        assert [record["step"] for record in file.records()] == list(range(len(lines(file.path))))
 
 
 def test_nothing_to_cut(tmp_path: Path) -> None:
@@ -199,16 +217,3 @@ def test_with_a_bar_the_same_words_reach_the_terminal(
     assert not console.has_bar
     assert "in between" in capsys.readouterr().out
     assert (tmp_path / "training.log").read_text() == "in between\n"
-
-
-# -- Weights & Biases --------------------------------------------------------------------------------------------------
-
-
-def test_a_missing_key_is_a_clear_message_and_no_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("WANDB")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    with pytest.raises(ValueError, match="no API key: set WANDB_API_KEY or run `wandb login`, or set WANDB_MODE"):
-        Wandb("project", {}, tmp_path, None)

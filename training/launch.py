@@ -19,8 +19,9 @@ from formats.checkpoint import load_checkpoint, write_durably
 from model.gpt import GPT
 from training import rng
 from training.distributed import Dist, close_distributed, setup_distributed
+from training.loggers import open_loggers
 from training.loop import Trainer
-from training.metrics import Console, Wandb
+from training.metrics import Console
 from training.network import Network, build_network
 from training.objectives.build import build_objective, check_data
 from training.objectives.objective import Objective
@@ -142,9 +143,9 @@ class _Run:
         )
         if start.goes_on_in(self.folder) and progress.finished_step:
             saver.saved_step = progress.step
-        wandb = self._wandb(progress)
+        loggers = open_loggers(self.settings, self.folder.path, progress) if self.here.is_main else []
         recorder = Recorder(
-            self.settings, plan, self.folder, self.console, self.tokenizer, self.template, wandb, self.watch
+            self.settings, plan, self.folder, self.console, self.tokenizer, self.template, loggers, self.watch
         )
         recorder.resume_after(progress)
         trainer = Trainer(
@@ -311,13 +312,6 @@ class _Run:
             "template": self.template.spec() if self.template is not None else None,
             "settings": to_dict(self.settings),
         }
-
-    def _wandb(self, progress: Progress) -> Wandb | None:
-        if not (self.settings.wandb and self.here.is_main):
-            return None
-        wandb = Wandb(self.settings.wandb_project, to_dict(self.settings), self.folder.path, progress.wandb_id)
-        progress.wandb_id = wandb.run_id
-        return wandb
 
     def _restore_rng(self, start: Start, progress: Progress) -> None:
         """The saved random states, one a process; with another number of processes each derives a new one."""

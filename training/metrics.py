@@ -1,4 +1,4 @@
-"""What a run leaves to read: metrics.jsonl (the record), samples.jsonl, training.log; Weights & Biases when asked."""
+"""What a run leaves to read: metrics.jsonl (the record), samples.jsonl, training.log."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -134,55 +134,24 @@ class JsonLines(AppendFile):
         """Keep the lines up to `step` (each step once), atomically; a torn last line of a power cut goes too."""
         if not self.path.exists():
             return
-        kept: list[bytes] = []
+        kept = [line + b"\n" for line, record in self._whole_lines() if record["step"] <= step]
+        write_durably(self.path, lambda file: file.writelines(kept))
+
+    def records(self) -> list[dict[str, Any]]:
+        """All lines that are whole."""
+        return [record for _, record in self._whole_lines()] if self.path.exists() else []
+
+    def _whole_lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        """Each line that is an object with a step, and what it holds."""
         for line in self.path.read_bytes().splitlines():
             try:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step:
-                kept.append(line + b"\n")
-        write_durably(self.path, lambda file: file.writelines(kept))
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield line, record
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; NaN and infinity become null, which JSON can hold."""
         plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
         self.append(json.dumps(plain, ensure_ascii=False).encode("utf-8") + b"\n")
-
-
-class Wandb:
-    """Weights & Biases, imported only when asked for. metrics.jsonl stays the record."""
-
-    def __init__(self, project: str, config: dict[str, Any], folder: Path, run_id: str | None) -> None:
-        """Raises ValueError where no API key is set: its own prompt would hang a job without a terminal."""
-        import wandb
-
-        mode = os.environ.get("WANDB_MODE", "online")
-        if mode == "online" and not wandb.setup().settings.api_key and not _has_login():
-            raise ValueError(
-                "--wandb: no API key: set WANDB_API_KEY or run `wandb login`, or set WANDB_MODE=offline to log without"
-            )
-        # The id is kept in checkpoints, so that a resumed run goes on in the same place.
-        where: dict[str, Any] = {"project": project, "dir": str(folder), "name": folder.name, "mode": mode}
-        try:
-            self.run = wandb.init(config=config, id=run_id, resume="allow", **where)
-        except wandb.Error as error:
-            raise ValueError(f"--wandb: {' '.join(str(error).split())}") from None
-        self.run_id: str = self.run.id
-
-    def log(self, record: dict[str, Any]) -> None:
-        self.run.log({key: value for key, value in record.items() if key != "step"}, step=record["step"])
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-def _has_login() -> bool:
-    """Whether `wandb login` was run: it leaves a machine entry in the netrc file."""
-    import netrc
-
-    try:
-        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return any("wandb" in host for host in hosts)

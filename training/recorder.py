@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from data.chat import Template, stop_ids
@@ -11,7 +11,8 @@ from data.templates import render_prompt
 from data.tokenizer import Tokenizer
 from model.generate import generate
 from model.gpt import GPT
-from training.metrics import Console, JsonLines, Wandb
+from training.loggers import Logger
+from training.metrics import Console, JsonLines
 from training.progress import Progress, Validation
 from training.run_folder import RunFolder
 from training.run_settings import RunSettings
@@ -41,11 +42,12 @@ class Recorder:
         console: Console,
         tokenizer: Tokenizer,
         template: Template | None,
-        wandb: Wandb | None,
+        loggers: Sequence[Logger] = (),
         watch: Watch | None = None,
     ) -> None:
         self.settings, self.plan, self.console = settings, plan, console
-        self.tokenizer, self.template, self.wandb, self.watch = tokenizer, template, wandb, watch
+        self.tokenizer, self.template, self.loggers, self.watch = tokenizer, template, loggers, watch
+        self.best_path = folder.path / "best.pt"
         self.active = console.active
         self.metrics = JsonLines(folder.path / "metrics.jsonl", console.say)
         self.samples = JsonLines(folder.path / "samples.jsonl", console.say)
@@ -58,7 +60,7 @@ class Recorder:
             self.samples.cut_after(last)
 
     def log(self, record: dict[str, Any]) -> None:
-        """One line in metrics.jsonl, on the terminal, and in wandb."""
+        """One line in metrics.jsonl, on the terminal, and wherever else the run is told of."""
         if not self.active:
             return
         self.metrics.write(record)
@@ -72,8 +74,8 @@ class Recorder:
             self.console.note(line)  # the bar shows the same
         else:
             self.console.say(line)
-        if self.wandb is not None:
-            self.wandb.log(record)
+        for logger in self.loggers:
+            logger.log(record)
         if self.watch is not None:
             self.watch(self.plan, record)
 
@@ -109,6 +111,9 @@ class Recorder:
         elif not improved and progress.best_val_loss is not None:
             where += f", best {progress.best_val_loss:.4f} at step {progress.best_step}"
         self.console.say(f"Eval Loss: {validation.loss:.4f} ({where})")
+        if improved:
+            for logger in self.loggers:
+                logger.best(progress.step, validation.loss, self.best_path)
         for name, value in validation.metrics.items():
             self.console.say(f"Eval {name}: {value:.4f}")
         if not validation.metrics:  # a loss in nats per token
@@ -147,6 +152,8 @@ class Recorder:
             text = self.tokenizer.decode(answer)
             self.samples.write({"step": step, "prompt": prompt, "text": text})
             self.console.say(f"  Sample at step {step} | {prompt!r} -> {text!r}")
+        for logger in self.loggers:
+            logger.samples(step, self.samples.records())
 
     def flush_to_disk(self) -> None:
         self.metrics.flush_to_disk()
@@ -155,5 +162,5 @@ class Recorder:
     def close(self) -> None:
         self.metrics.close()
         self.samples.close()
-        if self.wandb is not None:
-            self.wandb.close()
+        for logger in self.loggers:
+            logger.close()

@@ -17,7 +17,7 @@ Say = Callable[[str], None]
 _CHECKPOINT = re.compile(r"^model_(\d{5,})\.pt$")
 _RUN_FILES = (
     *("metrics.jsonl", "samples.jsonl", "training.log", "config.yaml", "curves.png", "run.html", "status.json"),
-    *("best.pt", "final.pt"),
+    *("best.pt", "final.pt", "tensorboard"),
 )
 
 

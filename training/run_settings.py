@@ -120,6 +120,8 @@ class RunSettings:
     """Log to Weights & Biases too (WANDB_MODE=offline needs no account)."""
     wandb_project: str = "espalier"
     """Project name there."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard too, in LOG_DIR/tensorboard (pip install tensorboard)."""
 
 
 @dataclass

@@ -18,7 +18,7 @@ Value = str | int | float  # of a trial; a choice by its label
 SECTION = "search"  # of the file
 DEFAULT_LOG_DIR = "logs_search"
 # The search sets these itself, or a trial could not do without them.
-_NOT_SEARCHED = ("log_dir", "auto_resume", "resume", "checkpoint_path", "plan", "wandb", "wandb_project")
+_NOT_SEARCHED = ("log_dir", "auto_resume", "resume", "checkpoint_path", "plan", "wandb", "wandb_project", "tensorboard")
 # Which settings have a meaning only beside certain values of these two; they are therefore drawn first.
 _DECIDING = {"finetune_method": METHOD_FLAGS, "objective": OBJECTIVE_FLAGS}
 

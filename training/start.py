@@ -26,7 +26,17 @@ from training.settings import is_explicit, to_dict
 R = TypeVar("R", bound=RunSettings)
 
 # What a resumed run takes from its command line alone, never from the checkpoint's settings.
-_NOT_INHERITED = {"log_dir", "auto_resume", "resume", "checkpoint_path", "device", "plan", "wandb", "wandb_project"}
+_NOT_INHERITED = {
+    "log_dir",
+    "auto_resume",
+    "resume",
+    "checkpoint_path",
+    "device",
+    "plan",
+    "wandb",
+    "wandb_project",
+    "tensorboard",
+}
 
 
 @dataclass(frozen=True)
