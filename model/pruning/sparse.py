@@ -2,7 +2,7 @@
 
 For blocks, magnitude, wanda and ria remove those with the smallest sums of their scores, and nothing makes up for them;
 sparsegpt is the way of blocks.py, whose ranking of all matrices together is allocation "unbalanced". Half of the 16x16
-blocks of SmolLM2-135M, as the ratio of its perplexity to the dense one: wanda uniform 669, sparsegpt unbalanced 10.
+blocks of SmolLM2-135M, as the ratio of its perplexity to the dense one: wanda uniform 669, sparsegpt unbalanced 8.3.
 """
 
 from __future__ import annotations
