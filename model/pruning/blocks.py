@@ -33,8 +33,8 @@ from model.pruning.scores import fisher_squares
 from model.pruning.statistics import SITE_OF, Gradients, LayerStatistics
 
 Statistics = Callable[[int], LayerStatistics]
-# In which a row of blocks goes, a few at a time where it is longer. SmolLM2-135M, half of all blocks: 25 times the dense
-# perplexity without turns, 10.3 with seven rounds over all matrices, 8.3 so.
+# In which a row of blocks goes, a few at a time where it is longer. SmolLM2-135M, half of all blocks: 25 times the
+# dense perplexity without turns, 10.3 with seven rounds over all matrices, 8.3 so.
 STEPS = 12
 
 
