@@ -17,7 +17,7 @@ from typing import Any
 
 from evaluation.checkpoints import finite_or_none, ignore
 from evaluation.continuations import Continuation, encode_pair, score_continuations
-from evaluation.processes import ALONE, Processes, map_batches
+from evaluation.processes import ALONE, Processes, gather, map_batches
 from formats.open_model import OpenModel
 from model.generate import generate
 
@@ -60,7 +60,13 @@ def run_task(
     except Exception as error:  # of fetching data, of a task's own code
         reason = " ".join(str(error).split())[:240] or type(error).__name__
         raise ValueError(f"--lm_eval {task}: lm-eval could not run it ({reason})") from error
-    assert found is not None, "this process is rank 0 to lm-eval"
+    # Under torchrun lm-eval gives its results to the first process of each node alone.
+    results = gather({processes.rank: None if found is None else _summary(name, found)}, processes)
+    return next(result for result in results if result is not None)
+
+
+def _summary(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """What `run_task` returns of what lm-eval does."""
     return {
         "samples": sum(count["effective"] for count in found["n-samples"].values()),
         "version": found["versions"].get(name),

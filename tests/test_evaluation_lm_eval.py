@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ from tests.test_evaluation_continuations import plain
 from tests.test_evaluation_multiple_choice import ROWS, write
 from tests.tiny_checkpoints import save_tiny
 
+ROOT = Path(__file__).resolve().parent.parent
 TASK = """
 task: espalier_choice
 dataset_path: json
@@ -68,6 +71,25 @@ def test_a_local_task_gives_our_own_numbers(
     assert {name: result[name] for name in wanted} == pytest.approx(wanted)
     assert result["lm_eval"]["version"] == 2.0 and result["text"] == "lm-eval task"
     assert f"Eval acc: {wanted['acc']:.4f}" in said
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
+    """Slow: two processes import torch and lm-eval."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")
+    model, questions = save_tiny(tmp_path / "m.pt"), write(tmp_path / "q.jsonl", ROWS)
+    task = tmp_path / "task.yaml"
+    task.write_text(TASK.format(file=questions), "utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "evaluate.py"]
+    words = ["--checkpoints", model, "--lm_eval", task, "--batch_size", 3, "--json", tmp_path / "two.json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [*command, *map(str, words), "--device", "cpu"], cwd=ROOT, env=environment, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (result,) = json.loads((tmp_path / "two.json").read_text())["results"]
+    wanted = multiple_choice(open_model(model), read_choices(questions))
+    assert {name: result[name] for name in wanted} == pytest.approx(wanted)
 
 
 @pytest.mark.slow
