@@ -4,6 +4,7 @@
     python sample.py --checkpoints logs/model_00999.pt logs_finetune/best.pt --prompts prompts.txt --html compare.html
     python sample.py --checkpoints logs_finetune --every 5 --prompts prompts.txt --seeds 3 --html run.html
     python sample.py --checkpoints HuggingFaceTB/SmolLM2-135M-Instruct --chat
+    python sample.py --checkpoints logs/best.pt logs_finetune/best.pt --serve
     echo "What is a tuple?" | python sample.py --checkpoints logs_finetune/best.pt --prompts -
 
 All checkpoints get the same prompts, in the same format, with the same seed. Exit code 2 for bad input.
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
 
 
 def main(settings: SampleSettings) -> None:
-    """Answer prompts, or hold a conversation."""
-    if settings.chat:
+    """Answer prompts, or hold a conversation, here or in a browser."""
+    if settings.serve:
+        serve(settings)
+    elif settings.chat:
         chat(settings)
     else:
         answer(settings)
@@ -46,6 +49,24 @@ def chat(settings: SampleSettings) -> None:
     for_generation(opened.model, settings.weights)
     conversation = Chat(opened, _sampling(settings), settings.prompt_template, settings.system)
     converse(conversation, _typed_lines(), _write)
+
+
+def serve(settings: SampleSettings) -> None:
+    """The chat page and the API, until Ctrl+C."""
+    from serve.chat import open_talkers, serve_chat
+    from training.distributed import choose_device
+
+    others = [name for name in ("chat", "prompt", "prompts", "json", "html") if getattr(settings, name)]
+    if others:
+        raise ValueError(f"--serve answers what its page and the API ask: --{others[0]} does not go with it")
+    talkers = open_talkers(
+        settings.checkpoints,
+        prompt_template=settings.prompt_template,
+        device=choose_device(settings.device),
+        base_model=settings.base_model,
+        weights=settings.weights,
+    )
+    serve_chat(talkers, _sampling(settings), settings.system, settings.port)
 
 
 def answer(settings: SampleSettings) -> None:

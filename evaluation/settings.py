@@ -22,6 +22,10 @@ class SampleSettings:
     """Base of the adapters among them, where it is not where the adapters say."""
     chat: bool = False
     """Talk with the one checkpoint in the terminal, in its prompt template, answers as they are written."""
+    serve: bool = False
+    """A chat page and an OpenAI-compatible API on 127.0.0.1 for one model, or for two side by side."""
+    port: int = 8766
+    """Port of serve; 0 = any free one."""
     system: str = ""
     """The system message of a chat."""
     prompt_template: str = "auto"

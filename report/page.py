@@ -24,17 +24,18 @@ def render_template(
     scripts: Sequence[str] = (),
     data: Any = None,
     connects: bool = False,
+    folder: Path = TEMPLATES,
 ) -> str:
     """The HTML of a template with `page` in it, escaped, and with these files as its only style and script.
 
     The style and script of all pages come first. `data` is what the script reads; `connects` lets the page ask its own
-    server, and nobody else.
+    server, and nobody else. `folder` holds the template where that is not here; its other files are given whole paths.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
+        loader=FileSystemLoader([folder, TEMPLATES]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

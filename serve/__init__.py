@@ -1,0 +1,1 @@
+"""The chat page and the API: models that answer on this machine alone."""
