@@ -78,7 +78,7 @@ def ask(port: int, path: str, body: Any = None, **headers: str) -> tuple[int, di
     return result
 
 
-def complete(port: int, model: str = "tuned", **more: Any) -> dict[str, Any]:
+def complete(port: int, model: Any = "tuned", **more: Any) -> dict[str, Any]:
     status, _, body = ask(port, "/v1/chat/completions", {"model": model, "messages": HELLO, **more})
     assert status == 200, body
     answer: dict[str, Any] = json.loads(body)

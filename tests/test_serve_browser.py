@@ -82,10 +82,10 @@ def done(page: Browser) -> None:
 
 
 def turns(page: Browser) -> list[list[str]]:
-    """The texts of each column."""
-    return page.run(  # type: ignore[no-any-return]
-        "Array.from(document.querySelectorAll('.turns'))"
-        ".map((turns) => Array.from(turns.querySelectorAll('.text')).map((text) => text.textContent))"
+    """The texts of each model's conversation."""
+    return page.run(
+        "columns.map((column) => Array.from("
+        "document.querySelectorAll(`.turn.user .text, .turn.${column.colour} .text`)).map((text) => text.textContent))"
     )
 
 
@@ -103,7 +103,7 @@ def test_two_models_answer_side_by_side_in_conversations_of_their_own(
     (base,) = [read for read, _ in script.read[2:] if "from the" in read]
     assert "Be brief." in base and base.index("First?") < base.index("from the") < base.index("Second?")
     assert {(how["seed"], how["temperature"]) for _, how in script.read} == {(7, 0.5)}
-    assert "tokens/s" in page.run("document.querySelector('.turns').textContent")
+    assert "tokens/s" in page.run("byId('exchanges').textContent")
     page.run("document.activeElement.blur()")
     page.press("n")
     assert turns(page) == [[], []]
@@ -114,7 +114,7 @@ def test_text_appears_as_it_is_written_and_stop_ends_it(page: Browser, script: S
     script.pause = 0.02
     page.run("byId('max_tokens').value = 100; 0")
     say(page, "Go", wait=False)
-    page.wait_for("document.querySelectorAll('.turns')[1].textContent.includes('word word')")
+    page.wait_for("document.querySelector('.turn.c2')?.textContent.includes('word word')")
     assert page.run("byId('send').disabled") and not page.run("byId('stop').disabled")
     script.closed.clear()
     page.run("byId('stop').click()")
@@ -164,4 +164,13 @@ def test_it_fits_the_window(width: int, scheme: str, mobile: bool, page: Browser
     page.show(width, 800, scheme, mobile)
     say(page, "How do I read a file line by line? " * 4)
     assert page.run("document.documentElement.scrollWidth <= innerWidth")
+    boxes = page.run(
+        "Array.from(document.querySelectorAll('.turn')).map((turn) => turn.getBoundingClientRect().toJSON())"
+    )
+    said, one, two = boxes
+    assert said["width"] > 0.85 * width and min(one["width"], two["width"]) > (0.85 if mobile else 0.42) * width
+    assert (one["top"] == two["top"]) != mobile, "side by side where there is room"
+    assert page.run(
+        "byId('exchanges').lastChild.getBoundingClientRect().bottom <= byId('say').getBoundingClientRect().top"
+    )
     assert page.screenshot(tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")

@@ -104,7 +104,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ValueError("--tensorboard: is not installed: pip install tensorboard") from None
-        self.writer: Any = SummaryWriter(str(folder), purge_step=next_step)  # type: ignore[no-untyped-call]
+        self.writer: Any = SummaryWriter(str(folder), purge_step=next_step)
         self.writer.add_text("settings", _as_code(yaml.safe_dump(config, sort_keys=False, allow_unicode=True)))
 
     def log(self, record: dict[str, Any]) -> None:

@@ -1,14 +1,12 @@
-// The chat page: each model has a conversation of its own. What models and people write enters through textContent only.
-const columns = data.models.map((model, place) => ({
-  model, messages: [], turns: document.querySelectorAll(".turns")[place],
-}));
+// The chat page: all models are asked the same, each in a conversation of its own. What models and people write enters
+// through textContent only.
+const columns = data.models.map((model, place) => ({ model, colour: `c${place + 1}`, messages: [] }));
 const FIELDS = ["temperature", "top_p", "top_k", "repetition_penalty", "max_tokens", "seed"];
 let current = null;  // ends the answers that are being written
 
-function addTurn(column, role, text = "") {
-  const turn = make("div", { class: `turn ${role}` }, make("div", { class: "text", dir: "auto" }));
+function makeTurn(kind, text = "") {
+  const turn = make("div", { class: `turn ${kind}` }, make("div", { class: "text", dir: "auto" }));
   turn.firstChild.textContent = text;
-  column.turns.append(turn);
   return turn;
 }
 
@@ -46,11 +44,13 @@ async function ask(column, signal) {
   }
 }
 
-async function answer(column, signal) {
-  const turn = addTurn(column, "assistant");
+async function answer(column, exchange, signal) {
+  const turn = makeTurn(`assistant ${column.colour}`);
   const text = turn.firstChild, began = performance.now();
   let figures = "", failed = false;
   turn.classList.add("writing");
+  turn.setAttribute("aria-label", column.model);
+  exchange.lastChild.append(turn);
   try {
     for await (const event of events(await ask(column, signal))) {
       if (event.error) throw new Error(event.error.message);
@@ -61,7 +61,7 @@ async function answer(column, signal) {
         const count = event.usage.completion_tokens, seconds = (performance.now() - began) / 1000;
         figures = `${count} tokens, ${(count / seconds).toFixed(1)} tokens/s${figures}`;
       }
-      turn.scrollIntoView({ block: "nearest" });
+      exchange.scrollIntoView({ block: "nearest" });
     }
   } catch (error) {
     if (error.name === "AbortError") figures = "stopped";
@@ -81,11 +81,12 @@ async function send() {
   const mine = current = new AbortController();
   byId("send").disabled = true;
   byId("stop").disabled = false;
-  for (const column of columns) {
-    column.messages.push({ role: "user", content: text });
-    addTurn(column, "user", text);
-  }
-  await Promise.all(columns.map((column) => answer(column, mine.signal)));
+  const answers = make("div", { class: columns.length > 1 ? "answers two" : "answers" });
+  const exchange = make("article", { class: "exchange" }, makeTurn("user", text), answers);
+  byId("exchanges").append(exchange);
+  for (const column of columns) column.messages.push({ role: "user", content: text });
+  await Promise.all(columns.map((column) => answer(column, exchange, mine.signal)));
+  exchange.scrollIntoView({ block: "nearest" });
   current = null;
   byId("send").disabled = false;
   byId("stop").disabled = true;
@@ -93,10 +94,8 @@ async function send() {
 
 async function anew() {
   if (current) return;
-  for (const column of columns) {
-    column.messages = [];
-    column.turns.replaceChildren();
-  }
+  for (const column of columns) column.messages = [];
+  byId("exchanges").replaceChildren();
   byId("text").focus();
 }
 
