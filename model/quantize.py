@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +101,12 @@ _STORES: dict[str, tuple[Callable[[Tensor], tuple[Tensor, ...]], Dequantize]] = 
 }
 
 
+@functools.cache
+def _cpu_multiplies_bf16() -> bool:
+    asked = (getattr(torch.cpu, f"_is_{kind}_supported", None) for kind in ("avx512_bf16", "amx_tile"))
+    return any(ask is not None and ask() for ask in asked)
+
+
 class QuantizedLinear(nn.Module):
     """A frozen linear layer whose weight is kept in `kind` and read back for each use.
 
@@ -136,9 +143,7 @@ class QuantizedLinear(nn.Module):
         if self.reads_codes and is_decoding_step(x):
             return self.few_rows(x.reshape(-1, x.size(-1))).view(*x.shape[:-1], self.out_features).to(x.dtype)
         if self.reads_codes and not torch.is_grad_enabled() and x.dtype == torch.float32:
-            codes, scales = self.stored()
-            y = F.linear(x, codes.float()).mul_(scales.flatten())  # quicker to scale a prompt's rows than the weight
-            return y if self.bias is None else y + self.bias
+            return self._many_rows(x)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         shape = (self.out_features, self.in_features)
@@ -154,6 +159,17 @@ class QuantizedLinear(nn.Module):
             codes, scales = self.stored()
             self._codes_and_scales = codes, scales.flatten().bfloat16()
         y = torch._weight_int8pack_mm(x.bfloat16(), *self._codes_and_scales)
+        return y if self.bias is None else y + self.bias
+
+    def _many_rows(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), a prompt's rows, which are scaled and not the weight: there are fewer of them.
+
+        In bf16, which holds each code exactly, where the CPU multiplies it: 64 rows times 3,072 x 576 then take 0.6 ms
+        and not 1.6. Elsewhere it would be a hundred times slower than fp32.
+        """
+        codes, scales = self.stored()
+        dtype = torch.bfloat16 if x.is_cpu and _cpu_multiplies_bf16() else torch.float32
+        y = F.linear(x.to(dtype), codes.to(dtype)).float().mul_(scales.flatten())
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

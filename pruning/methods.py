@@ -14,7 +14,14 @@ from model.pruning.sparse import SparseSettings, prune_sparse
 from model.pruning.structured import StructuredSettings, prune_structured
 from model.pruning.units import UnitCosts, drop_layers, unit_flops, unit_parameters
 from pruning.cache import StatisticsCache
-from pruning.settings import SPARSE, PruneSettings, allocation, check_layers
+from pruning.settings import (
+    SPARSE,
+    PruneSettings,
+    allocation,
+    check_layers,
+    gradient_samples,
+    second_order_blocks,
+)
 
 Say = Callable[[str], None]
 _PRUNED_ELSEWHERE = 0.05  # share of zeros in a matrix without a mask, above which somebody has pruned it
@@ -50,7 +57,7 @@ def needs_text(settings: PruneSettings) -> bool:
 def _structured(model: GPT, settings: PruneSettings, cache: StatisticsCache | None) -> Outcome:
     assert cache is not None
     wanted = structured_settings(settings)
-    gradients = None if settings.importance == "activation" else cache.gradients(settings.gradient_samples)
+    gradients = None if settings.importance == "activation" else cache.gradients(gradient_samples(settings))
     smaller, report = prune_structured(model, cache.layer, gradients, wanted, _costs(model, settings))
     note = f"{report.removed_parameters:,} parameters removed, {report.achieved:.1%} of the units in range"
     return Outcome(smaller, list(range(model.config.n_layer)), [note, *report.notes])
@@ -112,6 +119,7 @@ def sparse_settings(settings: PruneSettings) -> SparseSettings:
         allocation=allocation(settings),
         layer_start=settings.layer_start,
         layer_end=settings.layer_end,
+        reorder=settings.distill_hidden == 0,  # a teacher's streams are compared channel by channel
     )
 
 
@@ -124,8 +132,8 @@ def _sparse(model: GPT, settings: PruneSettings, cache: StatisticsCache | None) 
         # those of the layers before it as they are pruned by then, as the methods' authors do it.
         at_once = settings.method == "magnitude" or settings.pattern == "block"
         source = cache.layer if at_once else cache.windows
-        ranked = wanted.allocation == "unbalanced" or (settings.method, settings.pattern) == ("sparsegpt", "block")
-        found = cache.gradients(settings.gradient_samples) if ranked else None
+        ranked = wanted.allocation == "unbalanced" or second_order_blocks(settings)
+        found = cache.gradients(gradient_samples(settings)) if ranked else None
     model.masks, rows = prune_sparse(model, source, found, wanted, model.masks)
     return Outcome(model, list(range(model.config.n_layer)), [sparsity_line(rows)])
 

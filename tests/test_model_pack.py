@@ -40,8 +40,9 @@ def test_int8_is_near_and_small_and_reads_its_codes_as_it_dequantises_them(confi
     assert (near - exact).abs().mean() < 0.05 * exact.std()
     assert all(type(block) is PackedBlock for block in int8.h)
     few = torch.cat([int8(row.unsqueeze(0)) for row in idx])  # 12 rows: the codes as they lie
-    many = int8(idx.repeat(4, 1))[:2]  # 96 rows: dequantised
-    assert (few - many)[..., : config.vocab_size].abs().max() < 0.05 * exact.std()
+    many = int8(idx.repeat(4, 1))[:2]  # 96 rows: as a prompt
+    apart = (few - many)[..., : config.vocab_size].abs()  # both may round what they multiply to bf16, at other places
+    assert apart.mean() < 0.015 * exact.std() and apart.max() < 0.1 * exact.std()
     held, dense = quantized_bytes(int8)
     assert held < 0.3 * dense
 
