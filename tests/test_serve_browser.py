@@ -111,10 +111,11 @@ def test_two_models_answer_side_by_side_in_conversations_of_their_own(
 
 def test_text_appears_as_it_is_written_and_stop_ends_it(page: Browser, script: Script, talkers: list[Talker]) -> None:
     script.texts = {id(talker.opened.model): "word " * 200 for talker in talkers}
-    script.pause = 0.02
+    script.pause = 0.03
     page.run("byId('max_tokens').value = 100; 0")
     say(page, "Go", wait=False)
-    page.wait_for("document.querySelector('.turn.c2')?.textContent.includes('word word')")
+    for colour in ("c1", "c2"):
+        page.wait_for(f"document.querySelector('.turn.{colour}')?.textContent.includes('word word')")
     assert page.run("byId('send').disabled") and not page.run("byId('stop').disabled")
     script.closed.clear()
     page.run("byId('stop').click()")
