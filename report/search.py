@@ -36,7 +36,9 @@ def _draw_history(axes: Axes, trials: Sequence[Mapping[str, Any]]) -> None:
     numbers, values = [trial["number"] for trial in done], [trial["value"] for trial in done]
     axes.plot(numbers, values, "o", color=BLUE, ms=5, label="complete", zorder=3)
     lowest = [min(values[: place + 1]) for place in range(len(values))]
-    axes.step(numbers, lowest, where="post", color=ORANGE, lw=1.4, label="best so far")
+    if values:  # to the last trial, however it ended
+        last = trials[-1]["number"]
+        axes.step([*numbers, last], [*lowest, lowest[-1]], where="post", color=ORANGE, lw=1.4, label="best so far")
     if pruned:
         places = [trial["number"] for trial in pruned], [trial["value"] for trial in pruned]
         axes.plot(*places, "o", ms=5, mfc="none", mec=GREY, label="pruned", zorder=3)
@@ -45,10 +47,11 @@ def _draw_history(axes: Axes, trials: Sequence[Mapping[str, Any]]) -> None:
         axes.plot(failed, [0.02] * len(failed), "x", color=INK, ms=5, label="failed", transform=foot, zorder=3)
     if values and min(values) > 0 and max(values) > 5 * min(values):
         axes.set_yscale("log")
-    axes.set_title("validation loss of each trial")
+    axes.set_title("validation loss")
     axes.set_xlabel("trial")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.legend(loc="upper right")
+    if axes.has_data():  # above the axes, where no point can lie behind it
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=4, columnspacing=1.2, handletextpad=0.4)
 
 
 def _draw_importance(axes: Axes, importance: Mapping[str, float]) -> None:
