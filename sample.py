@@ -66,7 +66,7 @@ def serve(settings: SampleSettings) -> None:
         base_model=settings.base_model,
         weights=settings.weights,
     )
-    serve_chat(talkers, _sampling(settings), settings.system, settings.port)
+    serve_chat(talkers, _sampling(settings), settings.system, settings.port, lambda line: print(line, flush=True))
 
 
 def answer(settings: SampleSettings) -> None:

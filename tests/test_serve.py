@@ -326,7 +326,7 @@ class Slow:
             for _ in range(how["max_new_tokens"]):
                 self.begun.set()
                 yield 65
-                time.sleep(0.01 if not self.go.is_set() else 0)
+                time.sleep(0.02 if not self.go.is_set() else 0)
         finally:
             self.at_once -= 1
             self.closed.set()
@@ -351,14 +351,14 @@ def test_a_model_stops_when_its_client_leaves(streamed: bool, port: int, slow: S
         assert answer.read(10)
         answer.close()
     connection.close()
-    assert slow.closed.wait(3), "400 tokens would take 4 s"
+    assert slow.closed.wait(3), "400 tokens would take 8 s"
     slow.go.set()
     assert complete(port, max_tokens=2)["choices"][0]["message"]["content"] == "AA", "the next one gets the model"
 
 
-def test_one_answer_at_a_time_and_a_bounded_queue(port: int, slow: Slow) -> None:
+def test_one_answer_at_a_time_and_a_bounded_queue(port: int, talkers: list[Talker], slow: Slow) -> None:
     answers: list[int] = []
-    body = {"model": "tuned", "messages": HELLO, "max_tokens": 300}
+    body = {"model": "tuned", "messages": HELLO, "max_tokens": 400}
     threads = [
         threading.Thread(target=lambda: answers.append(ask(port, "/v1/chat/completions", body)[0]))
         for _ in range(WAITING + 1)
@@ -367,10 +367,11 @@ def test_one_answer_at_a_time_and_a_bounded_queue(port: int, slow: Slow) -> None
         thread.start()
         assert slow.begun.wait(20)
     deadline = time.monotonic() + 20
-    while (status := ask(port, "/v1/chat/completions", body)[0]) != 429:  # until all of them stand in the queue
-        assert time.monotonic() < deadline and status == 200
-    _, head, answer = ask(port, "/v1/chat/completions", {**body, "model": "tuned"})
-    assert head["Retry-After"] == "1" and json.loads(answer)["error"]["code"] == "queue_full"
+    while talkers[1]._waiting < WAITING:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    status, head, answer = ask(port, "/v1/chat/completions", body)
+    assert status == 429 and head["Retry-After"] == "1" and json.loads(answer)["error"]["code"] == "queue_full"
     slow.go.set()
     for thread in threads:
         thread.join(30)

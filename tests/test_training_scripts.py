@@ -28,14 +28,14 @@ for script in json.loads(sys.argv[1]):
             runpy.run_path(script, run_name="__main__")
         codes[script] = "no exit"
     except SystemExit as stop:
-        codes[script] = [stop.code, "--data_dir" in out.getvalue() and "default: 1337" in out.getvalue()]
-heavy = [name for name in ("torch", "numpy", "datasets", "wandb", "matplotlib") if name in sys.modules]
+        codes[script] = [stop.code, "--seed" in out.getvalue() and "default: 1337" in out.getvalue()]
+heavy = [name for name in ("torch", "numpy", "datasets", "wandb", "matplotlib", "optuna") if name in sys.modules]
 print(json.dumps([codes, heavy]))
 """
 
 
 def test_help_exits_0_and_loads_nothing_heavy() -> None:
-    scripts = ["train_gpt2.py", "finetune_dolly.py", "model/finetune_dolly.py"]
+    scripts = ["train_gpt2.py", "finetune_dolly.py", "model/finetune_dolly.py", "tune.py"]
     out = subprocess.run(
         [sys.executable, "-c", PROBE, json.dumps(scripts)], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -427,6 +427,7 @@ def test_the_examples_are_what_they_are_known_for() -> None:
         ("search:\n  lora_r: [4, 8]\n", "lora_r does nothing with finetune_method full: it is for lora"),
         ("search:\n  finetune_method: [full, freeze]\n  lora_r: [4]\n", "does nothing with finetune_method"),
         ("search:\n  dpo_beta: [0.1]\n", "does nothing with objective sft: it is for dpo"),
+        ("plan: true\nsearch:\n  max_lr: [1]\n", "plan is for a run, not for a search"),
         ("max_setps: 3\nsearch:\n  max_lr: [1]\n", "unknown setting 'max_setps'. Did you mean max_steps?"),
     ],
 )
@@ -501,5 +502,6 @@ def test_another_search_under_the_same_name(
         error = one_line_error(run_main(capsys, main, SearchSettings, "--config", longer, "--study", "b"))
         assert "holds the trials of another search" in error
     os.remove(tmp_path / "logs" / "search.db")
+    os.remove(tmp_path / "logs" / ".study")
     error = one_line_error(run_main(capsys, main, SearchSettings, "--config", longer))
     assert "holds the trials of another search" in error

@@ -18,7 +18,8 @@ Value = str | int | float  # of a trial; a choice by its label
 SECTION = "search"  # of the file
 DEFAULT_LOG_DIR = "logs_search"
 # The search sets these itself, or a trial could not do without them.
-_NOT_SEARCHED = ("log_dir", "auto_resume", "resume", "checkpoint_path", "plan", "wandb", "wandb_project", "tensorboard")
+_OF_ONE_RUN = ("auto_resume", "resume", "checkpoint_path", "plan")
+_NOT_SEARCHED = ("log_dir", *_OF_ONE_RUN, "wandb", "wandb_project", "tensorboard")
 # Which settings have a meaning only beside certain values of these two; they are therefore drawn first.
 _DECIDING = {"finetune_method": METHOD_FLAGS, "objective": OBJECTIVE_FLAGS}
 
@@ -107,6 +108,9 @@ def read_space(path: str) -> Space:
     """The ranges and the settings that stay, checked. Raises ValueError naming file, setting and remedy."""
     fixed = load_yaml(path, FinetuneSettings, beside=(SECTION,))
     log_dir = (fixed.pop("log_dir", None) or [DEFAULT_LOG_DIR])[0]
+    for name in _OF_ONE_RUN:
+        if name in fixed:
+            raise ValueError(f"--config {path}: {name} is for a run, not for a search: leave it out")
     root = read_yaml(path)
     section = next((node for key, node in root.value if key.value == SECTION), None) if root is not None else None
     if not isinstance(section, yaml.MappingNode) or not section.value:

@@ -29,7 +29,7 @@ def open_study(settings: SearchSettings, space: Space, folder: Path, url: str) -
     study = optuna.create_study(storage=storage, study_name=settings.study, load_if_exists=True, pruner=pruner)
     plain, mark = json.loads(json.dumps(space.plain())), folder / ".study"
     if "space" not in study.user_attrs:
-        if mark.exists():
+        if mark.exists() or any(folder.glob("trial-*")):
             raise ValueError(
                 f"log_dir {folder} holds the trials of another search: set another log_dir in {settings.config}, "
                 "or remove that folder"
