@@ -8,6 +8,7 @@ Interrupted while it recovers, the same command goes on. docs/PRUNING.md says wh
 """
 
 from pruning.settings import PruneSettings
+from training.heap import begin_with_tuned_heap
 from training.settings import run_script
 
 
@@ -19,4 +20,5 @@ def main(settings: PruneSettings) -> None:
 
 
 if __name__ == "__main__":
+    begin_with_tuned_heap()
     run_script(main, PruneSettings, "Prune a GPT, recover what it lost, and compare it with what it was.")
