@@ -275,7 +275,7 @@ def test_no_control_character_reaches_the_terminal():
 
 
 def test_a_stream_prints_prompt_text_and_figures_once_each():
-    out = []
+    out: list[str] = []
     prompts = [
         {"prompt": "first", "context": "", "reference": ""},
         {"prompt": "second", "context": "", "reference": ""},
