@@ -7,6 +7,7 @@ import math
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -16,7 +17,7 @@ from tests.lives import Run, Strike, differences, finetuning, uninterrupted
 from tests.runs import BARE, log, records, steps_on_disk, tune
 from tests.tiny import BYTES, finetune_settings, record_set
 from tests.tiny_checkpoints import save_tiny
-from training.progress import Progress
+from training.progress import Progress, Validation
 from training.step_plan import plan_steps
 
 
@@ -136,10 +137,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_final_is_the_best_not_the_last(place: Path, tmp_path: Path) -> None:
-    """At a rate that soon spoils what it has reached, the best is not the last."""
-    settings = {**BARE, "eval_interval": 1, "max_steps": 6, "max_lr": 0.3, "lr_schedule": "constant"}
-    summary = tune(place / "records", tmp_path, place / "base.pt", **settings, load_best_model_at_end=True)
-    assert summary["best_step"] < 5 and summary["final"] == str(tmp_path / "final.pt")
+    settings = {**BARE, "eval_interval": 1, "max_steps": 6}
+    seen = [Validation(loss, 8) for loss in (6.0, 5.0, 4.0, 3.0, 4.0, 5.0, 6.0)]  # before the first step, after each
+    with mock.patch("training.loop.Trainer.evaluate", side_effect=seen):
+        summary = tune(place / "records", tmp_path, place / "base.pt", **settings, load_best_model_at_end=True)
+    assert summary["best_step"] == 2 and summary["final"] == str(tmp_path / "final.pt")
     final = load_checkpoint(tmp_path / "final.pt", require_digest=True)
     assert (final["step"], final["val_loss"]) == (summary["best_step"], summary["best_val_loss"])
     assert f"Best weights, of step {summary['best_step']}: {tmp_path / 'final.pt'}" in log(tmp_path)
