@@ -138,7 +138,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_final_is_the_best_not_the_last(place: Path, tmp_path: Path) -> None:
     settings = {**BARE, "eval_interval": 1, "max_steps": 6}
-    seen = [Validation(loss, 8) for loss in (6.0, 5.0, 4.0, 3.0, 4.0, 5.0, 6.0)]  # before the first step, after each
+    seen = [Validation(loss, 8) for loss in (5.0, 4.0, 3.0, 4.0, 5.0, 6.0)]  # after each step
     with mock.patch("training.loop.Trainer.evaluate", side_effect=seen):
         summary = tune(place / "records", tmp_path, place / "base.pt", **settings, load_best_model_at_end=True)
     assert summary["best_step"] == 2 and summary["final"] == str(tmp_path / "final.pt")
