@@ -31,7 +31,6 @@ class KVCache:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.prompt: dict[int, tuple[Tensor, Tensor]] | None = None  # what GPT.prompt puts before every row, once made
         self._slots: Tensor | None = None  # (B, T) of the forward under way; None while all rows are equally long
-        self._stop = 0  # where the longest row ends after it
 
     def begin(self, T: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Opens a forward over T new positions of every row.
@@ -39,7 +38,6 @@ class KVCache:
         Returns their positions (B, T) and the attention mask (B, 1, T, S), or None where causal order says it all.
         """
         start, stop = min(self.lengths), max(self.lengths) + T
-        self._stop = stop
         if stop > self.max_length:
             raise ValueError(f"the cache has room for {self.max_length} positions, asked for {stop}: make it larger")
         lengths = torch.tensor(self.lengths, device=device)
@@ -58,7 +56,8 @@ class KVCache:
             shape = (B, n_kv_head, self.max_length, head_dim)
             self.layers[layer] = k.new_zeros(shape), v.new_zeros(shape)
         keys, values = self.layers[layer]
-        T, stop = k.size(2), self._stop
+        T = k.size(2)
+        stop = max(self.lengths) + T
         if self._slots is None:
             keys.narrow(2, stop - T, T).copy_(k)  # a third of the time of writing it as an index
             values.narrow(2, stop - T, T).copy_(v)

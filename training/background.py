@@ -58,7 +58,7 @@ class HostCopies:
         """The nest with copies in place of its tensors; whole when this returns; it holds until the next call."""
         copied: dict[tuple[Any, ...], Tensor] = {}
         result = self._of(payload, (), copied)
-        if any(source.is_cuda for source in _tensors(payload)):
+        if any(array.is_pinned() for array in copied.values()):  # copied by a GPU, which may be at it still
             torch.cuda.synchronize()
         self._arrays = {place: array for place, array in self._arrays.items() if place in copied}
         return result
@@ -76,10 +76,3 @@ class HostCopies:
         if isinstance(value, (list, tuple)):
             return type(value)(self._of(inner, (*place, i), copied) for i, inner in enumerate(value))
         return value
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for each in inner for tensor in _tensors(each)]

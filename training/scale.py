@@ -150,7 +150,7 @@ def daly_interval(cost: float, mean_time: float) -> float:
     if cost >= 2 * mean_time:
         return mean_time
     x = cost / (2 * mean_time)
-    return math.sqrt(2 * cost * mean_time) * (1 + math.sqrt(x) / 3 + x / 9) - cost
+    return young_interval(cost, mean_time) * (1 + math.sqrt(x) / 3 + x / 9) - cost
 
 
 def goodput(interval: float, cost: float, restart: float, mean_time: float) -> float:
