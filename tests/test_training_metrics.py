@@ -89,7 +89,7 @@ def test_what_a_power_cut_left_of_the_last_line_goes(rest: bytes, tmp_path: Path
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_kill_leaves_whole_lines_only(tmp_path: Path) -> None:
+def test_a_kill_tears_the_last_line_at_most_and_the_next_start_takes_it_away(tmp_path: Path) -> None:
     for attempt in range(5):
         file = record_file(tmp_path / f"{attempt}.jsonl")
         child = os.fork()
@@ -100,8 +100,20 @@ def test_a_kill_leaves_whole_lines_only(tmp_path: Path) -> None:
             time.sleep(0.001)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        assert file.path.read_bytes().endswith(b"\n")
-        assert [record["step"] for record in file.records()] == list(range(len(lines(file.path))))
+        whole = file.path.read_bytes().count(b"\n")
+        assert [record["step"] for record in file.records()] == list(range(whole))
+        file.write({"step": whole})
+        assert [line["step"] for line in lines(file.path)] == list(range(whole + 1))
+
+
+@pytest.mark.parametrize("whole", [b"", b'{"step": 0}\n', b'{"step": 0}\n' * 9000])
+@pytest.mark.parametrize("torn", [b"", b"{", b'{"step": 1, "text": "' + b"word " * 40_000], ids=["none", "one", "long"])
+def test_a_torn_line_goes_before_the_next_is_appended(whole: bytes, torn: bytes, tmp_path: Path) -> None:
+    file = record_file(tmp_path / "m.jsonl")
+    file.path.write_bytes(whole + torn)
+    assert len(file.records()) == whole.count(b"\n")
+    file.write({"step": 7})
+    assert file.path.read_bytes() == whole + b'{"step": 7}\n'
 
 
 def test_nothing_to_cut(tmp_path: Path) -> None:

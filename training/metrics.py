@@ -14,9 +14,11 @@ from formats.checkpoint import OUT_OF_SPACE, write_durably
 
 
 class AppendFile:
-    """A file that lines are appended to, each in one write, so that a kill leaves no torn line.
+    """A file that lines are appended to, each in one write.
 
-    What a full disk refuses is kept and tried again with the next line: no run ends for want of a log line.
+    The kernel copies a write page by page and lets SIGKILL in between, so that a kill can tear the last line of a
+    file, and only that one: the next to append takes it away first, and no reader takes it for a line. What a full
+    disk refuses is kept and tried again with the next line: no run ends for want of a log line.
     """
 
     def __init__(self, path: Path, complain: Callable[[str], None]) -> None:
@@ -30,7 +32,8 @@ class AppendFile:
         self._waiting += data
         try:
             if self._file is None:
-                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 -- closed with the run
+                self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 -- closed with the run
+                cut_torn_line(self._file)
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
             self._complained = False
@@ -59,6 +62,21 @@ class AppendFile:
         if not self._complained:
             self._complained = True
             self.complain(f"{self.path}: {OUT_OF_SPACE[error.errno]}: its lines are kept and tried again with the next")
+
+
+def cut_torn_line(file: IO[bytes], block: int = 1 << 16) -> None:
+    """End `file` after its last newline, wherever that is; reads from the end, `block` bytes at a time."""
+    end = file.seek(0, os.SEEK_END)
+    start = end
+    while start:
+        start = max(0, start - block)
+        file.seek(start)
+        newline = file.read(min(block, end - start)).rfind(b"\n")
+        if newline >= 0:
+            start += newline + 1
+            break
+    if start < end:
+        file.truncate(start)
 
 
 class Console:
@@ -131,7 +149,7 @@ class JsonLines(AppendFile):
     """A file of one JSON object a line."""
 
     def cut_after(self, step: int) -> None:
-        """Keep the lines up to `step` (each step once), atomically; a torn last line of a power cut goes too."""
+        """Keep the lines up to `step` (each step once), atomically; a torn last line goes too."""
         if not self.path.exists():
             return
         kept = [line + b"\n" for line, record in self._whole_lines() if record["step"] <= step]
