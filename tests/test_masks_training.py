@@ -91,7 +91,7 @@ def test_a_masked_run_is_training_with_gradients_and_weights_zeroed_by_hand(
     assert still_pruned(place, payload)
     assert not same(payload["model"], load_checkpoint(place / "base.pt")["model"])
     # Were the pruned weights' gradients left in, they would be clipped for, and Muon would mix them into the others.
-    with mock.patch("training.loop.mask_gradients_", lambda model, masks: None):
+    with mock.patch("training.parallel.mask_gradients_", lambda model, masks: None):
         tune(place / "records", tmp_path / "wrong", place / "base.pt", **STEPS, optimizer=optimizer)
     wrong = load_checkpoint(tmp_path / "wrong" / "model_00003.pt")["model"]
     assert max(float((wrong[name] - expected[name]).abs().max()) for name in expected) > 1e-3
@@ -99,7 +99,7 @@ def test_a_masked_run_is_training_with_gradients_and_weights_zeroed_by_hand(
 
 def test_a_step_that_refills_what_is_pruned_never_reaches_a_file(place: Path, tmp_path: Path) -> None:
     with (
-        mock.patch("training.loop.apply_masks_", lambda model, masks: None),
+        mock.patch("training.parallel.apply_masks_", lambda model, masks: None),
         pytest.raises(ValueError, match="weights that its mask says are zero"),
     ):
         tune(place / "records", tmp_path, place / "base.pt", **STEPS, optimizer="muon")

@@ -26,6 +26,7 @@ from training.network import Network, build_network
 from training.objectives.build import build_objective, check_data
 from training.objectives.objective import Objective
 from training.optimizer import build_optimizers, load_optimizer_state
+from training.parallel import choose_parallel
 from training.plan_report import OutOfMemory, out_of_memory, show_plan
 from training.progress import Progress
 from training.recorder import Abandoned, Recorder, Watch
@@ -125,6 +126,7 @@ class _Run:
         unfreezing = self._unfreezing(model, plan)
         self._claim_folder(start, progress, plan)
         runtime = self._runtime()
+        parallel = choose_parallel(self.here, model)
         optimizers = self._optimizers(network, start, unfreezing, progress)
         scaler = torch.amp.GradScaler(self.here.device.type, enabled=runtime.dtype is torch.float16)
         if start.resumes and start.payload and start.payload["scaler"] and scaler.is_enabled():
@@ -134,6 +136,7 @@ class _Run:
             self.folder,
             self.here,
             model,
+            parallel,
             optimizers,
             scaler,
             self.settings.keep_last_n_checkpoints,
@@ -149,7 +152,7 @@ class _Run:
         )
         recorder.resume_after(progress)
         trainer = Trainer(
-            self.settings, plan, self.here, runtime, model, objective, optimizers, scaler, loader, val_set,
+            self.settings, plan, self.here, runtime, model, parallel, objective, optimizers, scaler, loader, val_set,
             progress, saver, recorder, self.console, self.stop, unfreezing,
         )  # fmt: skip
         try:

@@ -10,18 +10,16 @@ from itertools import takewhile
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import Batch, Loader, eval_batches
 from data.shards import TokenSet
 from model.gpt import GPT
-from model.masks import apply_masks_, mask_gradients_, trained_masks
 from training.distributed import Dist
 from training.metrics import Console
 from training.objectives.objective import Objective, Sums
 from training.objectives.rewards import RewardError
 from training.optimizer import set_learning_rate
+from training.parallel import Parallel
 from training.progress import Progress, Validation
 from training.recorder import Recorder
 from training.rng import rng_state
@@ -68,6 +66,7 @@ class Trainer:
         here: Dist,
         runtime: Runtime,
         model: GPT,
+        parallel: Parallel,
         objective: Objective,
         optimizers: dict[str, torch.optim.Optimizer],
         scaler: torch.amp.GradScaler,
@@ -81,32 +80,22 @@ class Trainer:
         unfreezing: Unfreezing | None = None,
     ) -> None:
         self.settings, self.plan, self.here, self.runtime = settings, plan, here, runtime
-        self.model, self.objective, self.optimizers, self.scaler = model, objective, optimizers, scaler
+        self.model, self.parallel, self.objective = model, parallel, objective
+        self.optimizers, self.scaler = optimizers, scaler
         self.loader, self.val_set = loader, val_set
         self.progress, self.saver, self.recorder = progress, saver, recorder
         self.console, self.stop, self.unfreezing = console, stop, unfreezing
         if runtime.compile:
-            model.compile()  # in place: parameter names stay as they are
+            parallel.compile()
         model.train(objective.dropout)  # before the first evaluation, which a preference makes as it stands
-        self.network = self._wrapped()
-
-    def _wrapped(self) -> nn.Module:
-        """The model, or DDP around it, which then expects gradients of all that trains now."""
-        here = self.here
-        if here.world_size == 1:
-            return self.model
-        ids = [here.device.index] if here.device.type == "cuda" else None
-        # Buffers are masks and quantised weights, the same everywhere: not sent before each forward.
-        return DistributedDataParallel(
-            self.model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        parallel.wrap()
 
     def _unfreeze(self, step: int) -> None:
         """Progressive unfreezing: what the step trains."""
         change = self.unfreezing.begin(step) if self.unfreezing is not None else None
         if change is not None:
             self.console.say(change)
-            self.network = self._wrapped()
+            self.parallel.wrap()
 
     def run(self) -> bool:
         """Train to the last step, or until patience is out; False when a signal came first (all is saved then)."""
@@ -158,23 +147,22 @@ class Trainer:
 
     def _update(self, step: int, batches: Sequence[Any], count: float, may_stop: bool) -> Step | None:
         """One optimizer step on the micro-batches; None when a stop was asked for between them."""
-        here, model = self.here, self.model
+        here = self.here
         lr = self.plan.schedule(step)
         set_learning_rate(self.optimizers, lr)
         losses, metrics = [], []
-        for number, batch in enumerate(batches):
+        for done, number in enumerate(self.parallel.order(len(batches))):
             if may_stop and self._should_stop():
                 self._drop_gradients()
                 return None
-            loss, sums = self._micro_step(batch, count, last=number == len(batches) - 1)
+            loss, sums = self._micro_step(number, batches[number], count, last=done == len(batches) - 1)
             losses.append(loss)
             metrics.append(sums)
+        self.parallel.finish_gradients()
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
-        masks = trained_masks(model, model.masks)
-        mask_gradients_(model, masks)  # else what is pruned would count in the norm, and in Muon's update of the rest
-        clip = self.settings.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else math.inf)
+        self.parallel.mask_gradients()
+        norm = self.parallel.clip(self.settings.max_grad_norm)
         names = self.objective.metrics
         totals = [sum(float(each[name]) for each in metrics) for name in names]
         loss_sum, *totals = here.sum(sum(float(loss) for loss in losses), *totals)  # on a GPU the host waits here
@@ -182,25 +170,24 @@ class Trainer:
         if not broken:
             for optimizer in self.optimizers.values():
                 self.scaler.step(optimizer)
-            apply_masks_(model, masks)  # Muon makes every number of a matrix move
+            self.parallel.apply_masks()
         self.scaler.update()  # also after a step not taken: it readies the scaler for the next unscale_
         self._drop_gradients()
         synchronize(here.device)
         means = {name: value / max(1.0, count) for name, value in zip(names, totals)}
         return Step(loss_sum, int(count), float(norm), lr, means, taken=not broken)
 
-    def _micro_step(self, batch: Any, count: float, last: bool) -> tuple[torch.Tensor, Sums]:
+    def _micro_step(self, number: int, batch: Any, count: float, last: bool) -> tuple[torch.Tensor, Sums]:
         """Forward and backward of one micro-batch; returns its summed loss and metrics.
 
         The gradient is that of (sum over supervised tokens) / (supervised tokens of the whole global step), or over
-        what else the objective counts, whatever the split: DDP averages over processes, hence the factor. Gradients
-        travel once, with the last micro-batch.
+        what else the objective counts, whatever the split.
         """
-        if isinstance(self.network, DistributedDataParallel):
-            self.network.require_backward_grad_sync = last
+        self.parallel.begin_micro_step(number, last)
         with self.runtime.autocast():
-            loss, sums = self.objective.loss(self.network, batch)
-        self.scaler.scale(loss * (self.here.world_size / max(1.0, count))).backward()
+            loss, sums = self.objective.loss(self.parallel.network, batch)
+        self.scaler.scale(loss * (self.parallel.gradient_scale / max(1.0, count))).backward()
+        self.parallel.end_micro_step(number)
         return loss.detach(), sums
 
     def _together(self, work: Callable[[], T | None]) -> T | None:

@@ -19,6 +19,7 @@ from training.background import Background, HostCopies
 from training.distributed import Dist
 from training.metrics import Console
 from training.optimizer import optimizer_state
+from training.parallel import Parallel
 from training.progress import Progress
 from training.run_folder import RunFolder
 
@@ -26,7 +27,7 @@ LARGE = 64 << 20  # bytes of a checkpoint from which writing it is left to a thr
 
 
 class Saver:
-    """Writes the state at the end of the last completed step. Every rank calls it; rank 0 writes one file.
+    """Writes the state at the end of the last completed step. Every rank calls it; rank 0 writes one file of it all.
 
     A large one is copied to host memory and written beside the next steps (`async_save`); the loop waits for the copy,
     and for the write when the next save is due, before it leaves, and at the last step.
@@ -40,6 +41,7 @@ class Saver:
         folder: RunFolder,
         here: Dist,
         model: GPT,
+        parallel: Parallel,
         optimizers: dict[str, torch.optim.Optimizer],
         scaler: torch.amp.GradScaler,
         keep: int,
@@ -51,7 +53,7 @@ class Saver:
         self.async_save = async_save
         self._background, self._copies = Background(), HostCopies()
         self._writing: int | None = None  # the step whose checkpoint the thread has in hand; known to every rank
-        self.model, self.optimizers, self.scaler = model, optimizers, scaler
+        self.model, self.parallel, self.optimizers, self.scaler = model, parallel, optimizers, scaler
         self.about = about  # config, tokenizer, template, settings: what does not change in a run
         self.saved_step: int | None = None
         self._progress = Progress()
@@ -68,9 +70,10 @@ class Saver:
         states = [rng.from_bytes(each) for each in self.here.gather_bytes(rng.to_bytes(self._rng))]
         self.settle()
         written, failure = False, None
+        payload = self.parallel.whole(self._payload(states)) if self._finite() else None
         if self.here.is_main:
             try:
-                written = self._write(states, may_go_on=not required)
+                written = self._write(payload, may_go_on=not required)
             except OSError as error:
                 failure = error
         # Else rank 0 alone would save again before leaving, and wait for ever.
@@ -110,13 +113,13 @@ class Saver:
             f"Checkpoint not saved: {failure}. The previous one is whole; trying again at the next interval."
         )
 
-    def _write(self, rng_states: list[dict[str, Any]], may_go_on: bool) -> bool:
-        """One file, on rank 0; False where the weights are not worth it. `may_go_on`: the loop need not wait for it."""
+    def _write(self, payload: dict[str, Any] | None, may_go_on: bool) -> bool:
+        """One file, on rank 0; False where there is nothing worth it. `may_go_on`: the loop need not wait for it."""
         step = self._progress.step
-        if not self._finite():
+        if payload is None:
             self.console.say(f"Step {step}: the weights are not finite; no checkpoint of them is kept.")
             return False
-        path, payload = self.folder.checkpoint_path(step), self._payload(rng_states)
+        path = self.folder.checkpoint_path(step)
         large = payload_bytes(payload) >= LARGE
         if may_go_on and (self.async_save == "on" or (self.async_save == "auto" and large)):
             copied = self._copies.of(payload)
@@ -146,17 +149,20 @@ class Saver:
 
     def save_best(self, val_loss: float) -> None:
         """best.pt: the weights with the lowest validation loss so far, without training state (a third of the size)."""
+        payload = self.parallel.whole({**self._weights(), "step": self._progress.step, "val_loss": val_loss})
         if not self.here.is_main:
             return
         path = self.folder.path / "best.pt"
-        payload = {**self._weights(), "step": self._progress.step, "val_loss": val_loss}
         try:
             save_checkpoint(path, payload)
         except OSError as error:
             self.console.say(f"Best weights not saved: {error}")
 
     def _finite(self) -> bool:
-        return all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
+        """Whether all weights of all processes are."""
+        finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
+        (broken,) = self.here.max(float(not finite))
+        return not broken
 
     def _weights(self) -> dict[str, Any]:
         adapter = adapter_state(self.model)
