@@ -34,7 +34,7 @@ from training.run_folder import RunFolder
 from training.run_settings import FinetuneSettings, RunSettings, TrainSettings
 from training.runtime import Runtime, choose_runtime
 from training.saver import Saver, describe, versions
-from training.settings import is_explicit, to_dict, to_yaml
+from training.settings import to_dict, to_yaml
 from training.start import (
     Start,
     choose_start,
@@ -43,7 +43,16 @@ from training.start import (
     with_checkpoint_settings,
     with_preset_defaults,
 )
-from training.step_plan import StepPlan, check_settings, plan_steps, refuse_without_validation, resolved
+from training.step_plan import (
+    StepPlan,
+    check_settings,
+    fitted_block_size,
+    kept_windows,
+    note_batch,
+    plan_steps,
+    refuse_without_validation,
+    resolved,
+)
 from training.stop import StopRequest
 from training.summary import introduce, nothing_to_do, outcome, why_early
 from training.unfreeze import Unfreezing
@@ -121,7 +130,7 @@ class _Run:
         model = network.model.to(self.here.device)
         model.masks = {name: mask.to(self.here.device) for name, mask in model.masks.items()}
         objective = self._objective(start, network)
-        plan, loader = self._plan(train_set, model, objective)
+        plan, loader = self._plan(start, train_set, model, objective)
         progress = self._progress(start, loader)
         unfreezing = self._unfreezing(model, plan)
         self._claim_folder(start, progress, plan)
@@ -231,22 +240,10 @@ class _Run:
         network.about |= entries
         return objective
 
-    def _plan(self, train_set: TokenSet, model: GPT, objective: Objective) -> tuple[StepPlan, Loader]:
+    def _plan(self, start: Start, train_set: TokenSet, model: GPT, objective: Objective) -> tuple[StepPlan, Loader]:
         """The data loader of this process, and the steps that follow from its windows."""
-        settings, limit = self.settings, model.context_length
-        block_size = settings.block_size
-        if block_size > limit:
-            if is_explicit(settings, "block_size"):
-                taken = model.config.block_size - limit
-                beside = f", beside {taken} virtual tokens" if taken else ""
-                raise ValueError(f"--block_size {block_size}: the model's context is {limit} tokens{beside}")
-            self.say(f"block_size {limit}: the model's context")
-            block_size = limit
-        if objective.new_tokens >= block_size:
-            raise ValueError(
-                f"--grpo_max_new_tokens {objective.new_tokens}: leaves no room for a prompt in {block_size} tokens of "
-                "context; give fewer"
-            )
+        settings, room = self.settings, (model.context_length, model.config.block_size)
+        block_size = fitted_block_size(settings, *room, objective.new_tokens, self.say)
         loader = Loader(
             train_set,
             batch_size=settings.batch_size,
@@ -258,7 +255,11 @@ class _Run:
             max_samples=settings.max_samples,
             unit=objective.unit,
         )
-        return plan_steps(settings, block_size, loader.windows_per_epoch, self.here.world_size), loader
+        state = start.payload if start.resumes else None
+        windows, processes = loader.windows_per_epoch, self.here.world_size
+        plan = plan_steps(settings, block_size, windows, processes, kept_windows(settings, state))
+        note_batch(plan, state, self.say)
+        return plan, loader
 
     def _progress(self, start: Start, loader: Loader) -> Progress:
         """What the run remembers; the loader stands where the checkpoint left it."""

@@ -238,7 +238,7 @@ class Trainer:
     def _count(self, step: int, done: Step) -> None:
         """Enter the step just done into the run's progress, its log line included."""
         progress, plan = self.progress, self.plan
-        progress.step, progress.finished_step = step, False
+        progress.step, progress.finished_step, progress.windows_per_step = step, False, plan.windows_per_step
         progress.add(*((done.loss_sum, done.count) if done.taken else (0.0, 0)), plan.tokens_per_step)
         if done.taken:
             progress.skipped_in_a_row = 0

@@ -38,6 +38,7 @@ class Progress:
     epoch_loss: float = 0.0
     epoch_tokens: int = 0
     tokens: int = 0  # token slots seen
+    windows_per_step: int | None = None  # of the last step, over all processes
     skipped: int = 0  # steps not taken because something was not finite
     skipped_in_a_row: int = 0
     overfitting_warned: bool = False

@@ -112,6 +112,8 @@ class RunSettings:
     """torch.compile; auto: on on a GPU, off on a CPU (no gain measured there)."""
     matmul_precision: Literal["highest", "high", "medium"] = "high"
     """torch.set_float32_matmul_precision: high allows TF32 on a GPU."""
+    exact: bool = False
+    """The same bits on 1, 2, 4 ... processes: a fixed order of sums, dropout seeded by micro-batch, no compilation."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     plan: bool = False

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from training.run_settings import METHOD_FLAGS, OBJECTIVE_FLAGS, FinetuneSettings, RunSettings
 from training.schedule import Schedule
@@ -58,10 +59,20 @@ class StepPlan:
         return self.is_last(step) or (every > 0 and step > 0 and step % every == 0)
 
 
-def plan_steps(settings: RunSettings, block_size: int, windows_per_epoch: int, world_size: int) -> StepPlan:
-    """Settle the batch split and the length of the run. Raises ValueError where explicit settings conflict."""
+def plan_steps(
+    settings: RunSettings, block_size: int, windows_per_epoch: int, world_size: int, kept: int | None = None
+) -> StepPlan:
+    """Settle the batch split and the length of the run. Raises ValueError where explicit settings conflict.
+
+    kept: windows that a step of the run has had so far, and is to have on these processes too (see `kept_windows`).
+    """
     check_settings(settings)
-    grad_accum = _accumulation(settings, block_size, world_size)
+    if kept is None:
+        grad_accum = _accumulation(settings, block_size, world_size)
+    else:
+        grad_accum = _shared_out(kept, settings.batch_size, world_size)
+    if settings.exact:
+        _check_halves(grad_accum * world_size, world_size, tokens=settings.batch_size * block_size)
     windows_per_step = settings.batch_size * grad_accum * world_size
     steps_per_epoch = windows_per_epoch / windows_per_step
     max_steps = settings.max_steps
@@ -170,6 +181,82 @@ def _accumulation(settings: RunSettings, block_size: int, world_size: int) -> in
             f"block_size {block_size} x {world_size} processes = {per_micro_step}; nearest: {low} or {high}"
         )
     return max(1, count)
+
+
+def fitted_block_size(
+    settings: RunSettings, limit: int, context: int, new_tokens: int, say: Callable[[str], None]
+) -> int:
+    """Tokens of a window in a model with room for a text of `limit`; virtual tokens take the rest of its `context`.
+
+    Raises ValueError for an explicit one that is too long, and where `new_tokens` to be generated leave no prompt.
+    """
+    block_size = settings.block_size
+    if block_size > limit:
+        if is_explicit(settings, "block_size"):
+            beside = f", beside {context - limit} virtual tokens" if context > limit else ""
+            raise ValueError(f"--block_size {block_size}: the model's context is {limit} tokens{beside}")
+        say(f"block_size {limit}: the model's context")
+        block_size = limit
+    if new_tokens >= block_size:
+        raise ValueError(
+            f"--grpo_max_new_tokens {new_tokens}: leaves no room for a prompt in {block_size} tokens of context; "
+            "give fewer"
+        )
+    return block_size
+
+
+def kept_windows(settings: RunSettings, state: Mapping[str, Any] | None) -> int | None:
+    """Windows of a step that a resumed run keeps, from its checkpoint; None: its flags are to say anew.
+
+    A job that comes back on another number of processes repeats its flags, and those that speak of one process would
+    then mean another global batch. So they count as given anew only where they differ from the checkpoint's.
+    """
+    if state is None:
+        return None
+    saved, beside = state.get("settings", {}), "batch_size" if settings.grad_accum_steps else "total_batch_size"
+    if any(saved.get(name) != getattr(settings, name) for name in ("grad_accum_steps", beside)):
+        return None
+    return state["progress"].get("windows_per_step")  # not in files of before it was kept
+
+
+def note_batch(plan: StepPlan, state: Mapping[str, Any] | None, say: Callable[[str], None]) -> None:
+    """Say how a resumed run shares out its steps, where that is not as in the checkpoint."""
+    if state is None or (windows := state["progress"].get("windows_per_step")) is None:
+        return
+    processes = len(state["rng"])
+    if windows != plan.windows_per_step:
+        say(f"  windows of a step: {windows} in the checkpoint, now {plan.windows_per_step}")
+    elif processes != plan.world_size:
+        say(
+            f"{plan.world_size} processes go on from {processes}: a step keeps its {windows} windows, as "
+            f"{plan.grad_accum} micro-batches of {plan.micro_batch} in each process"
+        )
+
+
+def _shared_out(windows: int, batch_size: int, world_size: int) -> int:
+    """Micro-batches of a step of so many windows."""
+    count, rest = divmod(windows, batch_size * world_size)
+    if not rest:
+        return count
+    share, rest = divmod(windows, world_size)
+    if rest:
+        fits = max(fewer for fewer in range(1, world_size) if windows % fewer == 0)
+        remedy = f"use {fits} processes"
+    else:
+        remedy = f"use --batch_size {max(size for size in range(1, batch_size) if share % size == 0)}"
+    raise ValueError(
+        f"the checkpoint's steps have {windows} windows, which {world_size} processes can not share as micro-batches "
+        f"of --batch_size {batch_size}: {remedy}, or give another --total_batch_size"
+    )
+
+
+def _check_halves(micro_batches: int, world_size: int, tokens: int) -> None:
+    """Raises ValueError for what can not be halved down to one; `tokens` are those of a micro-batch."""
+    for count, what in ((world_size, "processes"), (micro_batches, "micro-batches a step over all processes")):
+        low = 1 << (count.bit_length() - 1)
+        if low != count:
+            flag = f" (--total_batch_size {low * tokens} or {2 * low * tokens})" if "micro" in what else ""
+            raise ValueError(f"--exact: {count} {what}, expected a power of two: {low} or {2 * low}{flag}")
 
 
 def _warmup(settings: RunSettings, max_steps: int) -> int:
