@@ -13,7 +13,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import re
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from typing import IO, Any, cast
 import torch
 
 from formats.compact import ENTRY, from_compact
+from formats.torch_file import read_torch_file
 from model.masks import Mask, Masks, check_weights
 
 FORMAT = 1
@@ -80,7 +80,9 @@ def write_durably(path: Path, write: Callable[[IO[bytes]], None], check: Callabl
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{TEMPORARY}{path.name}-{os.getpid()}"
     try:
-        with open(temporary, "wb") as file:
+        if os.path.lexists(temporary):  # of a process of this number that was killed
+            temporary.unlink()
+        with open(temporary, "xb") as file:  # x: made here, never what a link in a shared folder leads to
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -184,6 +186,8 @@ def load_checkpoint(path: str | Path, *, require_digest: bool = False) -> dict[s
         raise ValueError(f"{path}: is a folder, expected a checkpoint file (.pt)")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint")
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise ValueError(f"{path}: is not a regular file, expected a checkpoint (.pt)")
     if require_digest or not _is_plain_archive(path):
         _verify_digest(path, shown=path)
     payload = _read(path, shown=path)
@@ -193,9 +197,9 @@ def load_checkpoint(path: str | Path, *, require_digest: bool = False) -> dict[s
     for key in ("model", "config"):
         if not isinstance(payload.get(key), dict):
             raise ValueError(f"{path}: is not a checkpoint of this project: it holds no {key}")
-    strange = [name for name, value in payload["model"].items() if not isinstance(value, torch.Tensor)]
-    if strange:
-        raise ValueError(f"{path}: its weight {strange[0]} is no tensor")
+    for name, value in payload["model"].items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise ValueError(f"{path}: its weight {name!r:.80} is no tensor under a name")
     masks = payload_masks(payload, path)
     if ENTRY in payload:
         return from_compact(payload, masks, path)
@@ -286,15 +290,11 @@ def _verify_digest(path: Path, shown: Path) -> None:
 
 
 def _read(path: Path, shown: Path) -> dict[str, Any]:
-    """torch.load without pickle's dangers and without copying; any failure becomes a ValueError naming the file."""
+    """The content, tensors mapped from the file; any failure becomes a ValueError naming the file."""
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many kinds here: UnpicklingError, RuntimeError, KeyError, EOFError ...
-        text = " ".join(str(error).split())
-        refused = re.search(r"GLOBAL ([\w.]+)", text)
-        if refused is not None:
-            raise ValueError(f"{shown}: holds {refused[1]}, expected only tensors and plain values; not read") from None
-        raise ValueError(f"{shown}: cannot be read as a checkpoint ({type(error).__name__}: {text[:160]})") from None
+        payload = read_torch_file(path)
+    except ValueError as error:
+        raise ValueError(f"{shown}: {error}") from None
     if not isinstance(payload, dict):
         raise ValueError(f"{shown}: holds a {type(payload).__name__}, expected a checkpoint")
     return payload

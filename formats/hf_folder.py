@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 import json
 import os
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from formats.errors import FormatError
 from formats.safetensors_file import read_blocks, read_header
+from formats.torch_file import read_torch_file
 
 _JSON_BYTES = 64 << 20  # the largest published tokenizer.json has 35 MB
 # One file, or an index of several; the first kind that is there is read.
@@ -130,13 +129,11 @@ def _tensors_of_index(folder: Path, index_name: str, index: dict[str, Any]) -> d
 
 
 def _tensors_of_bin(path: Path) -> dict[str, Found]:
-    """Tensors that torch.save wrote; weights_only refuses anything that would run code."""
+    """Tensors that torch.save wrote; whatever else a file holds is refused before torch reads it."""
     try:
-        # Files from before torch 1.6 are no zip archives and cannot be mapped.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises many kinds here: UnpicklingError, RuntimeError, EOFError ...
-        reason = " ".join(str(error).split())[:160]
-        raise FormatError(f"{path}: cannot be read as weights ({type(error).__name__}: {reason})") from None
+        state = read_torch_file(path)
+    except ValueError as error:
+        raise FormatError(f"{path}: {error}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise FormatError(f"{path}: holds something else than named tensors")
     return {

@@ -16,8 +16,11 @@ def write_file(path: str | Path, data: bytes) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    if os.path.lexists(temporary):  # of a process of this number that was killed
+        temporary.unlink()
     try:
-        temporary.write_bytes(data)
+        with open(temporary, "xb") as file:  # x: made here, never what a link in a shared folder leads to
+            file.write(data)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -213,7 +213,7 @@ def test_the_refused_type_is_named(tmp_path: Path) -> None:
         ({"model": {}}, "holds no config"),
         ({"config": {}}, "holds no model"),
         ({"model": [1], "config": {}}, "holds no model"),
-        ({"model": {"w": 3}, "config": {}}, "its weight w is no tensor"),
+        ({"model": {"w": 3}, "config": {}}, "its weight 'w' is no tensor"),
         ({"model": {}, "config": {}, "format": FORMAT + 1}, f"format {FORMAT + 1}, this version reads up to {FORMAT}"),
         ({"model": {}, "config": {}, "format": "2"}, "format '2'"),
     ],
