@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data.shards import TokenSet
-from data.windows import Prompt, Rows, at_most, blank_rows, fill_row
+from data.windows import Part, Prompt, Rows, at_most, blank_rows, document_at, fill_row
 
 _BLOCK = 4 << 20  # mask values that are looked at at a time
 
@@ -19,6 +19,7 @@ class PairWindows:
     """
 
     packing = False
+    noun = "pair"
 
     def __init__(self, tokens: TokenSet, block_size: int, max_samples: int | None) -> None:
         where = f"{tokens.folder}: split {tokens.split}"
@@ -50,6 +51,11 @@ class PairWindows:
             fill_row(rows, row, 0, self.tokens, start, start + size + 1)
         return rows
 
+    def parts(self, window: int) -> list[Part]:
+        """Both sides of a pair, by the pair's number in the set."""
+        spans = zip(self._starts[window].tolist(), self._slots[window].tolist())
+        return [Part(document_at(self.tokens, start) // 2, start, start + slots + 1) for start, slots in spans]
+
     def describe(self) -> str:
         cut = f", {self.truncated:,} with the beginning of the prompt cut at {self.block_size:,} tokens"
         left = f", {self.dropped:,} left out (an answer empty or too long for --block_size {self.block_size})"
@@ -63,6 +69,7 @@ class PromptWindows:
     """
 
     packing = False
+    noun = "record"
 
     def __init__(self, tokens: TokenSet, block_size: int, max_samples: int | None) -> None:
         bounds = tokens.document_starts[: at_most(tokens.n_documents, max_samples) + 1]
@@ -89,6 +96,11 @@ class PromptWindows:
         mask = self.tokens.mask(middle, stop)
         answer = int(np.argmin(mask)) if len(mask) and not mask.all() else len(mask)  # the first run of supervised ones
         return Prompt(ids, self.tokens.tokens(middle, middle + answer).tolist())
+
+    def parts(self, window: int) -> list[Part]:
+        """The record that the prompt is of, by its number in the set."""
+        start, stop = int(self._starts[window]), int(self._stops[window])
+        return [Part(document_at(self.tokens, start), start, stop)]
 
     def describe(self) -> str:
         cut = f", {self.truncated:,} with the beginning cut at {self.block_size:,} tokens" if self.truncated else ""

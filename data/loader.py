@@ -18,7 +18,7 @@ import torch
 from data.answer_windows import PairWindows, PromptWindows
 from data.order import permute
 from data.shards import TokenSet
-from data.windows import IGNORED, Prompt, RecordWindows, Rows, TextWindows
+from data.windows import IGNORED, Part, Prompt, RecordWindows, Rows, TextWindows
 
 __all__ = ["IGNORED", "Batch", "Loader", "Unit", "eval_batches"]
 
@@ -30,11 +30,14 @@ class Windows(Protocol):
 
     count: int
     packing: bool
+    noun: str  # what a part of a window is, in the user's words
     truncated: int
     dropped: int
     fill: float
 
     def rows(self, windows: Sequence[int]) -> Rows: ...
+
+    def parts(self, window: int) -> list[Part]: ...
 
     def describe(self) -> str: ...
 
@@ -260,6 +263,15 @@ class Loader:
             self._finalizer()
         self._prefetcher = self._finalizer = None
 
+    def locate(self, samples: Sequence[int]) -> str:
+        """Which windows, records or pairs of the set the samples of these global numbers are, and in which shards."""
+        windows = [window for sample in samples for window in self._plan.windows(sample, 1)]
+        parts = [part for window in windows for part in self._plan.cut.parts(window)]
+        numbers = dict.fromkeys(part.number for part in parts)  # each once, in order
+        files = dict.fromkeys(name for part in parts for name in self.tokens.files(part.start, part.stop))
+        noun = self._plan.cut.noun + ("s" if len(numbers) > 1 else "")
+        return f"samples {_listed(samples)}, {noun} {_listed(list(numbers))} of {_listed(list(files))}"
+
     def describe(self) -> str:
         """One line on what is trained on."""
         return f"{self.tokens.folder} ({self.tokens.split}): {self._plan.cut.describe()}"
@@ -321,6 +333,11 @@ def cut_windows(
     if tokens.meta["kind"] != "text":
         return RecordWindows(tokens, block_size, packing, max_samples, seed)
     return TextWindows(tokens, block_size, max_samples)
+
+
+def _listed(values: Sequence[object], most: int = 8) -> str:
+    more = f" and {len(values) - most} more" if len(values) > most else ""
+    return ", ".join(map(str, values[:most])) + more
 
 
 def _check_shares(batch_size: int, rank: int, world_size: int) -> None:

@@ -244,6 +244,10 @@ class TokenSet:
                 digest.update(file["sha256"].encode())
         return digest.hexdigest()
 
+    def files(self, start: int, stop: int) -> list[str]:
+        """The names of the shards that the tokens [start, stop) of the stream are in."""
+        return [self._shards[at].tokens.path.name for at, _, _ in self._spans(start, stop)]
+
     def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """The shards that [start, stop) of the stream lies in: number, and the part of it in the shard's own count."""
         assert 0 <= start <= stop <= self.n_tokens, f"tokens [{start}, {stop}) of {self.n_tokens}"

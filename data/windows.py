@@ -35,6 +35,14 @@ class Rows:
     prompts: list[Prompt] | None = None
 
 
+class Part(NamedTuple):
+    """A piece of a window: which window, record or pair of the set it is, and where it stands in the stream."""
+
+    number: int
+    start: int
+    stop: int
+
+
 class TextWindows:
     """The stream cut every `block_size` tokens: each token but the first is the target of exactly one slot.
 
@@ -42,6 +50,7 @@ class TextWindows:
     """
 
     packing = False
+    noun = "window"
 
     def __init__(self, tokens: TokenSet, block_size: int, max_samples: int | None) -> None:
         if tokens.n_tokens < 2:
@@ -59,6 +68,11 @@ class TextWindows:
             fill_row(rows, row, 0, self.tokens, start, min(start + self.block_size + 1, self.tokens.n_tokens))
         return rows
 
+    def parts(self, window: int) -> list[Part]:
+        """What a window is made of: itself."""
+        start = window * self.block_size
+        return [Part(window, start, min(start + self.block_size + 1, self.tokens.n_tokens))]
+
     def describe(self) -> str:
         return f"{self.tokens.n_tokens:,} tokens in {self.count:,} windows of {self.block_size:,}"
 
@@ -69,6 +83,8 @@ class RecordWindows:
     A record that needs more slots is cut (`truncated` counts them); one that is left without a supervised token is left
     out (`dropped`). `max_samples` keeps the first records of the set only. `fill` is the share of slots in use.
     """
+
+    noun = "record"
 
     def __init__(self, tokens: TokenSet, block_size: int, packing: bool, max_samples: int | None, seed: int) -> None:
         self.tokens, self.block_size, self.packing = tokens, block_size, packing
@@ -112,6 +128,12 @@ class RecordWindows:
                 begin = end
         return rows
 
+    def parts(self, window: int) -> list[Part]:
+        """The records in a window, by their number in the set."""
+        inside = self._records[self._row_starts[window] : self._row_starts[window + 1]] if self.packing else [window]
+        spans = [(int(self._starts[record]), int(self._slots[record])) for record in inside]
+        return [Part(document_at(self.tokens, start), start, start + slots + 1) for start, slots in spans]
+
     def describe(self) -> str:
         used = f"{len(self._starts):,} records"
         if self.packing:
@@ -122,6 +144,11 @@ class RecordWindows:
     def _fill_record(self, rows: Rows, row: int, begin: int, record: int) -> int:
         start = int(self._starts[record])
         return fill_row(rows, row, begin, self.tokens, start, start + int(self._slots[record]) + 1)
+
+
+def document_at(tokens: TokenSet, place: int) -> int:
+    """The number of the document that a place of the stream lies in."""
+    return int(np.searchsorted(tokens.document_starts, place, side="right")) - 1
 
 
 def supervised_counts(tokens: TokenSet, starts: np.ndarray, slots: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from tests.runs import (
     weights,
 )
 from tests.tiny import record_set, text_set
-from training.loop import MAX_SKIPPED_IN_A_ROW, NonFiniteLoss
+from training.nonfinite import MAX_SKIPPED_IN_A_ROW, NonFiniteLoss
 
 # A step has two micro-batches of two windows: micro-batches 10 and 11 are step 5, samples 20..23.
 
@@ -79,7 +80,15 @@ def test_it_stops_the_run_names_step_and_data_and_saves_the_step_before(
     message = str(caught.value)
     assert "Step 5" in message and "samples 20..23" in message and str(text) in message and "\n" not in message
     assert ("gradient norm" in message) == (fault == "gradient")
-    assert "--on_nonfinite skip" in message
+    if fault == "gradient":
+        assert re.search(
+            r"The losses are finite, the gradients are not of wte\.weight, .*, .* and \d+ more\. Data", message
+        )
+    else:
+        assert re.search(
+            r"Not finite: rank 0, micro-batch 1: samples 22, 23, windows \d+, \d+ of train_0.*\.bin\. Data", message
+        )
+    assert "--nan_policy skip" in message
     assert steps_on_disk(tmp_path) == [3, 4] and status(tmp_path) == "failed"
     assert [record["step"] for record in records(tmp_path)] == [0, 1, 2, 3, 4]
 
@@ -99,7 +108,7 @@ def test_in_the_first_step_there_is_nothing_to_save(text: Path, tmp_path: Path) 
 
 def test_skip_takes_no_step_says_so_and_goes_on(text: Path, tmp_path: Path) -> None:
     with changed_losses(poison(10)):
-        summary = train(text, tmp_path, on_nonfinite="skip", checkpoint_interval=1, keep_last_n_checkpoints=0)
+        summary = train(text, tmp_path, nan_policy="skip", checkpoint_interval=1, keep_last_n_checkpoints=0)
     assert summary["finished"] and status(tmp_path) == "finished"
     before, at, after = (load_checkpoint(tmp_path / f"model_0000{step}.pt") for step in (4, 5, 6))
     assert same(at["model"], before["model"]) and same(at["optimizer"], before["optimizer"]), "step 5 was taken"
@@ -116,7 +125,7 @@ def test_skip_takes_no_step_says_so_and_goes_on(text: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_skip_under_a_reduced_type_leaves_the_scaler_usable(dtype: str, text: Path, tmp_path: Path) -> None:
     with changed_losses(poison(4, 9)):
-        summary = train(text, tmp_path, on_nonfinite="skip", dtype=dtype, **BARE)
+        summary = train(text, tmp_path, nan_policy="skip", dtype=dtype, **BARE)
     assert summary["finished"]
     assert [record["step"] for record in records(tmp_path) if record.get("skipped")] == [2, 4]
 
@@ -137,7 +146,7 @@ def test_an_overflow_under_fp16_is_the_scalers_business(text: Path, tmp_path: Pa
 def test_skipping_without_end_is_a_stop(text: Path, tmp_path: Path) -> None:
     every = poison(*range(2, 999))
     with changed_losses(every), pytest.raises(NonFiniteLoss, match=f"Step {1 + MAX_SKIPPED_IN_A_ROW}:"):
-        train(text, tmp_path, **{**BARE, "on_nonfinite": "skip", "max_steps": 30})
+        train(text, tmp_path, **{**BARE, "nan_policy": "skip", "max_steps": 30})
     newest = load_checkpoint(tmp_path / f"model_{steps_on_disk(tmp_path)[-1]:05d}.pt")
     assert all(torch.isfinite(tensor).all() for tensor in newest["model"].values())
 

@@ -50,6 +50,7 @@ GOLDEN_ALIASES = {
     "finetune_max_grad_norm": "max_grad_norm",
     "finetune_weight_decay": "weight_decay",
     "finetune_warmup_steps": "warmup_steps",
+    "on_nonfinite": "nan_policy",
 }
 
 # Names whose values mean something else here: what each sets, None for what is so anyway. No other value will do.
@@ -80,6 +81,7 @@ SAMPLE_VALUES = {
     "data_dir": "d",
     "log_dir": "l",
     "lora_target_modules": "k_proj",
+    "nan_policy": "skip",
 }
 
 

@@ -79,7 +79,7 @@ def nan(folder: Path) -> dict[str, Any]:
 
 def skip(folder: Path) -> dict[str, Any]:
     """The same, and the run goes on without that step."""
-    more = {"on_nonfinite": "skip", "checkpoint_interval": 1, "keep_last_n_checkpoints": 0}
+    more = {"nan_policy": "skip", "checkpoint_interval": 1, "keep_last_n_checkpoints": 0}
     with changed_losses(poison(7) if RANK == 1 else poison()):
         return train(folder / "text", folder / "skip", **{**STEP, **more})
 

@@ -36,6 +36,7 @@ ALIASES: dict[str, str] = {
     "finetune_max_grad_norm": "max_grad_norm",
     "finetune_weight_decay": "weight_decay",
     "finetune_warmup_steps": "warmup_steps",
+    "on_nonfinite": "nan_policy",  # as checkpoints and config.yaml files of before have it
 }
 
 

@@ -16,6 +16,7 @@ from data.shards import TokenSet
 from model.gpt import GPT
 from training.distributed import Dist
 from training.metrics import Console
+from training.nonfinite import MAX_SKIPPED_IN_A_ROW, NonFiniteLoss, culprits
 from training.objectives.objective import Objective, Sums
 from training.objectives.rewards import RewardError
 from training.optimizer import set_learning_rate
@@ -30,12 +31,7 @@ from training.step_plan import StepPlan
 from training.stop import StopRequest
 from training.unfreeze import Unfreezing
 
-MAX_SKIPPED_IN_A_ROW = 10
 T = TypeVar("T")
-
-
-class NonFiniteLoss(ValueError):
-    """A loss or gradient that is not finite stopped the run."""
 
 
 @dataclass
@@ -49,6 +45,7 @@ class Step:
     metrics: dict[str, float] = field(default_factory=dict)  # means
     seconds: float = 0.0
     taken: bool = True
+    fault: str = ""  # where it was not taken, whose numbers were not finite
 
     @property
     def loss(self) -> float:
@@ -125,7 +122,7 @@ class Trainer:
         started = time.perf_counter()
         first = self.loader.sample
         batches = [self.loader.next_batch() for _ in range(self.plan.grad_accum)]
-        self._samples = f"{first}..{self.loader.sample - 1}"  # of all processes
+        self._samples = range(first, self.loader.sample), [batch.samples for batch in batches]
         with self.runtime.autocast():
             prepared = self._together(lambda: self.objective.prepare(step, batches))
         if prepared is None:
@@ -138,7 +135,8 @@ class Trainer:
             later = self._update(step, prepared, count, may_stop=False)
             assert later is not None
             if not later.taken:
-                self.console.say(f"Step {step}: update {number} is not finite and not taken; the step ends before it.")
+                text = f"Step {step}: update {number} is not finite and not taken; the step ends before it. "
+                self.console.say(f"{text}{later.fault}.")
                 break
             done = later
         if done is not None:
@@ -150,8 +148,9 @@ class Trainer:
         here = self.here
         lr = self.plan.schedule(step)
         set_learning_rate(self.optimizers, lr)
+        order = self.parallel.order(len(batches))
         losses, metrics = [], []
-        for done, number in enumerate(self.parallel.order(len(batches))):
+        for done, number in enumerate(order):
             if may_stop and self._should_stop():
                 self._drop_gradients()
                 return None
@@ -167,7 +166,10 @@ class Trainer:
         totals = [sum(float(each[name]) for each in metrics) for name in names]
         loss_sum, *totals = here.sum(sum(float(loss) for loss in losses), *totals)  # on a GPU the host waits here
         (broken,) = here.max(float(not math.isfinite(loss_sum) or not self._usable(norm)))
-        if not broken:
+        fault = ""
+        if broken:
+            fault = culprits(here, self.loader, dict(zip(order, map(float, losses))), self._samples[1], self.model)
+        else:
             for optimizer in self.optimizers.values():
                 self.scaler.step(optimizer)
             self.parallel.apply_masks()
@@ -175,7 +177,7 @@ class Trainer:
         self._drop_gradients()
         synchronize(here.device)
         means = {name: value / max(1.0, count) for name, value in zip(names, totals)}
-        return Step(loss_sum, int(count), float(norm), lr, means, taken=not broken)
+        return Step(loss_sum, int(count), float(norm), lr, means, taken=not broken, fault=fault)
 
     def _micro_step(self, number: int, batch: Any, count: float, last: bool) -> tuple[torch.Tensor, Sums]:
         """Forward and backward of one micro-batch; returns its summed loss and metrics.
@@ -223,17 +225,18 @@ class Trainer:
         """No process took the step: stop the run, or count it as skipped."""
         progress = self.progress
         what = f"loss {done.loss:.4g}" if not math.isfinite(done.loss_sum) else f"gradient norm {done.grad_norm:.4g}"
+        data = self._samples[0]
         text = (
-            f"Step {step}: {what} is not finite; no process took the step. Data: global samples {self._samples} of "
-            f"{self.loader.describe()}."
+            f"Step {step}: {what} is not finite; no process took the step. {done.fault}. Data: global samples "
+            f"{data.start}..{data.stop - 1} of {self.loader.describe()}."
         )
         progress.skipped += 1
         progress.skipped_in_a_row += 1
-        if self.settings.on_nonfinite == "skip" and progress.skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
+        if self.settings.nan_policy == "skip" and progress.skipped_in_a_row <= MAX_SKIPPED_IN_A_ROW:
             self.console.say(text + " Skipped.")
             return
         self._save_and_leave("the last completed step")
-        raise NonFiniteLoss(text + " Try a lower --max_lr, --max_grad_norm 0.5, or --on_nonfinite skip.")
+        raise NonFiniteLoss(text + " Try a lower --max_lr, --max_grad_norm 0.5, or --nan_policy skip.")
 
     def _count(self, step: int, done: Step) -> None:
         """Enter the step just done into the run's progress, its log line included."""

@@ -59,7 +59,12 @@ class Parallel:
 
     def clip(self, max_norm: float) -> Tensor:
         """Scale the gradients down to `max_norm` (0: leave them); returns the norm over all, as it was before."""
-        return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm if max_norm > 0 else math.inf)
+        parameters = list(self.model.parameters())
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # A norm that is not finite counts as 0 here, which leaves the gradients as they are: they tell whose it is.
+        known = norm.nan_to_num(nan=0.0, posinf=0.0)
+        nn.utils.clip_grads_with_norm_(parameters, max_norm if max_norm > 0 else math.inf, known)
+        return norm
 
     def apply_masks(self) -> None:
         """After the optimizers' step, the gradients still there: Muon makes every number of a matrix move."""

@@ -68,7 +68,7 @@ class RunSettings:
     """Clip the gradient to this norm; 0 turns clipping off (the norm is logged all the same)."""
     dropout: float = 0.0
     """Dropout probability in the network."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    nan_policy: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop the run, or skip the step (at most 10 in a row)."""
     eval_interval: Interval = 250
     """Steps between evaluations on the validation split, or `epoch`; 0 = only at the end."""

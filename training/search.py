@@ -22,7 +22,7 @@ import yaml
 from formats.checkpoint import write_durably
 from report.search import search_picture
 from training.launch import finetune
-from training.loop import NonFiniteLoss
+from training.nonfinite import NonFiniteLoss
 from training.plan_report import OutOfMemory
 from training.recorder import Abandoned
 from training.run_folder import lock_file

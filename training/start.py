@@ -21,7 +21,7 @@ from training.run_settings import (
     FinetuneSettings,
     RunSettings,
 )
-from training.settings import is_explicit, to_dict
+from training.settings import is_explicit, own_name, to_dict
 
 R = TypeVar("R", bound=RunSettings)
 
@@ -142,7 +142,7 @@ def with_checkpoint_settings(settings: R, saved: dict[str, Any], say: Say) -> R:
     # Two settings of one quantity: an explicit one of today silences the saved partner.
     partners = settings.STANDS_FOR | {other: given for given, other in settings.STANDS_FOR.items()}
     silenced = {partners[name] for name in explicit if name in partners}
-    for name, value in saved.items():
+    for name, value in ((own_name(saved_name, type(settings)), value) for saved_name, value in saved.items()):
         if name not in now or name in _NOT_INHERITED or name in silenced:
             continue
         if name not in explicit:
