@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from training.wire import pack, unpack
+
 # A peer that died or hangs is noticed after this long (NCCL's own default is 10 minutes).
 TIMEOUT = timedelta(minutes=5)
+PIECE = 64 << 20  # bytes of a tensor that are sent at once
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,69 @@ class Dist:
         dist.all_gather(gathered, padded, group=self.control)
         lengths = [int.from_bytes(bytes(each[:8].tolist()), "little") for each in gathered]
         return [bytes(each[8 : 8 + length].tolist()) for each, length in zip(gathered, lengths)]
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """What `work` gives on rank 0, on every process: for files that only rank 0 is sure to have.
+
+        The result is a nest as `wire.pack` takes it. A ValueError or OSError of rank 0 is raised by every process with
+        the same text.
+        """
+        return self.from_rank(0, work)
+
+    def from_rank(self, source: int, work: Callable[[], T]) -> T:
+        """The same, from another rank than 0."""
+        if self.world_size == 1:
+            return work()
+        if self.rank != source:
+            error, value = unpack(self._pass_bytes(b"", source), lambda buffer: self._broadcast(buffer, source))
+            if error is not None:
+                raise (OSError if error[0] else ValueError)(error[1])
+            return cast("T", value)
+        try:
+            value = work()
+            head, buffers = pack((None, value))
+        except (ValueError, OSError) as error:
+            self._pass_bytes(pack(((isinstance(error, OSError), str(error)), None))[0], source)
+            raise
+        self._pass_bytes(head, source)
+        for buffer in buffers:
+            self._broadcast(buffer, source)
+        return value
+
+    def everywhere(self, work: Callable[[], T], remedy: str) -> T:
+        """What `work` gives on this process. A ValueError or OSError of any process is raised by all of them.
+
+        Where rank 0 did not meet it, the message says which machine did, and `remedy`.
+        """
+        failure = None
+        try:
+            value = work()
+        except (ValueError, OSError) as error:
+            failure = error
+        said = [] if failure is None else [f"{failure}", socket.gethostname()]
+        for rank, each in enumerate(self.gather_bytes(json.dumps(said).encode())):
+            if said := json.loads(each):
+                text, host = said
+                if failure is not None and rank == 0 and text == f"{failure}":
+                    raise failure
+                raise ValueError(text if rank == 0 else f"{text} (rank {rank} on {host}: {remedy})") from failure
+        return value
+
+    def _pass_bytes(self, data: bytes, source: int) -> bytes:
+        """What `source` calls this with, on every process."""
+        length = torch.tensor([len(data)])
+        dist.broadcast(length, source, group=self.control)
+        buffer = torch.empty(int(length), dtype=torch.uint8)
+        if self.rank == source:
+            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        self._broadcast(buffer, source)
+        return buffer.numpy().tobytes()
+
+    def _broadcast(self, buffer: torch.Tensor, source: int) -> None:
+        """Fill uint8 (n,) with what it holds on `source`, a piece at a time: gloo copies what it sends."""
+        for piece in buffer.split(PIECE):
+            if len(piece):
+                dist.broadcast(piece, source, group=self.control)
 
     def barrier(self) -> None:
         """Wait until every process is here."""

@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from data.chat import Template, stop_ids
+from data.chat import stop_ids
 from data.loader import Loader
-from data.manifest import resolve_data_dir
-from data.shards import TokenSet, open_dataset
-from data.templates import template_from_spec
-from data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_spec
+from data.shards import TokenSet
 from formats.checkpoint import load_checkpoint, write_durably
 from model.gpt import GPT
 from training import rng
@@ -23,26 +20,20 @@ from training.loggers import open_loggers
 from training.loop import Trainer
 from training.metrics import Console
 from training.network import Network, build_network
-from training.objectives.build import build_objective, check_data
+from training.objectives.build import build_objective
 from training.objectives.objective import Objective
 from training.optimizer import build_optimizers, load_optimizer_state
 from training.parallel import choose_parallel
 from training.plan_report import OutOfMemory, out_of_memory, show_plan
 from training.progress import Progress
 from training.recorder import Abandoned, Recorder, Watch
+from training.run_data import open_data
 from training.run_folder import RunFolder
 from training.run_settings import FinetuneSettings, RunSettings, TrainSettings
 from training.runtime import Runtime, choose_runtime
 from training.saver import Saver, describe, versions
 from training.settings import to_dict, to_yaml
-from training.start import (
-    Start,
-    choose_start,
-    model_template,
-    note_versions,
-    with_checkpoint_settings,
-    with_preset_defaults,
-)
+from training.start import Start, note_versions, start_everywhere, with_checkpoint_settings, with_preset_defaults
 from training.step_plan import (
     StepPlan,
     check_settings,
@@ -50,7 +41,6 @@ from training.step_plan import (
     kept_windows,
     note_batch,
     plan_steps,
-    refuse_without_validation,
     resolved,
 )
 from training.stop import StopRequest
@@ -83,9 +73,9 @@ def _run(settings: RunSettings, watch: Watch | None = None) -> dict[str, Any]:
         if settings.plan:
             return show_plan(settings, here.device, here.world_size, console.say)
         with StopRequest() as stop:
-            if here.is_main:
-                folder.open()
-            here.barrier()
+            here.from_main(folder.open)
+            if here.local_rank == 0 and not here.is_main:
+                folder.join()
             return _Run(settings, here, console, folder, stop, watch).run()
     except Abandoned as reason:
         folder.write_status("stopped", reason=str(reason))
@@ -118,15 +108,16 @@ class _Run:
         self.say = console.say
 
     def run(self) -> dict[str, Any]:
-        start = choose_start(self.settings, self.folder, self.say)
+        start = start_everywhere(self.settings, self.here, self.folder, self.say)
         if start.resumes and start.payload is not None:
             assert start.path is not None
             self.say(f"Resuming from {describe(start.path, start.payload)}; settings not given here come from it")
             self.settings = with_checkpoint_settings(self.settings, start.payload.get("settings", {}), self.say)
             note_versions(start.payload.get("versions", {}), versions(), self.say)
         check_settings(self.settings)
-        train_set, val_set = self._open_data(start)
-        network = build_network(self.settings, start, train_set, self.folder.path, self.say)
+        data = open_data(self.settings, self.here, start)
+        train_set, val_set, self.tokenizer, self.template = data.train, data.val, data.tokenizer, data.template
+        network = build_network(self.settings, self.here, start, train_set, self.folder.path, self.say)
         model = network.model.to(self.here.device)
         model.masks = {name: mask.to(self.here.device) for name, mask in model.masks.items()}
         objective = self._objective(start, network)
@@ -153,7 +144,7 @@ class _Run:
             about,
             self.settings.async_save,
         )
-        if start.goes_on_in(self.folder) and progress.finished_step:
+        if start.in_folder and progress.finished_step:
             saver.saved_step = progress.step
         loggers = open_loggers(self.settings, self.folder.path, progress) if self.here.is_main else []
         recorder = Recorder(
@@ -182,60 +173,12 @@ class _Run:
 
     # -- what the run is made of -------------------------------------------------------------------------------------
 
-    def _open_data(self, start: Start) -> tuple[TokenSet, TokenSet | None]:
-        """Both splits, checked; and the run's tokenizer and template. Raises ValueError where model and data differ."""
-        spec = start.payload.get("tokenizer") if start.payload is not None else None
-        folder = self._data_folder(start, spec)
-        verify: Literal["full", "size"] = "full" if self.here.local_rank == 0 else "size"  # once a machine
-        train_set = open_dataset(folder, "train", verify=verify)
-        check_data(self.settings, train_set)
-        has_val = train_set.meta["splits"].get("val", {}).get("tokens", 0) > 1
-        val_set = open_dataset(folder, "val", verify=verify) if has_val else None
-        if val_set is None:
-            refuse_without_validation(self.settings, folder)
-        self.tokenizer: Tokenizer = load_tokenizer(str(folder)) if spec is None else tokenizer_from_spec(spec)
-        if self.tokenizer.fingerprint != train_set.tokenizer_fingerprint:
-            raise ValueError(
-                f"{folder} was tokenized with {train_set.meta['tokenizer'].get('kind')} ({train_set.vocab_size} ids, "
-                f"{train_set.tokenizer_fingerprint[:8]}), {start.path} speaks {self.tokenizer.kind} "
-                f"({self.tokenizer.vocab_size} ids, {self.tokenizer.fingerprint[:8]}): prepare the data again with "
-                f"--tokenizer {start.path}"
-            )
-        template = train_set.meta.get("template") or (start.payload or {}).get("template")
-        self.template: Template | None = template_from_spec(template)
-        return train_set, val_set
-
-    def _data_folder(self, start: Start, tokenizer_spec: dict[str, Any] | None) -> Path:
-        """The folder of shards; a file of records is prepared into a cache beside it first, by rank 0."""
-        settings = self.settings
-        if not (isinstance(settings, FinetuneSettings) and settings.data_dir.endswith((".jsonl", ".json"))):
-            return resolve_data_dir(settings.data_dir)
-        from data.cache import prepare_records_cache
-
-        tokenizer = load_tokenizer("gpt2") if tokenizer_spec is None else tokenizer_from_spec(tokenizer_spec)
-        if not self.here.is_main:
-            self.here.barrier()  # rank 0 writes the cache, the others find it, or fail as it did
-        try:
-            return prepare_records_cache(
-                settings.data_dir,
-                settings.prompt_template,
-                tokenizer,
-                template=model_template(start) if settings.prompt_template == "model" else None,
-                format=settings.format,
-                system=settings.system,
-                train_on=settings.train_on,
-                bad_records=settings.bad_records,
-            )
-        finally:
-            if self.here.is_main:
-                self.here.barrier()
-
     def _objective(self, start: Start, network: Network) -> Objective:
         """What the run minimises; what its checkpoints must say of it goes into `network.about`."""
         stops = stop_ids(self.template, self.tokenizer)
         where = self.folder.path
         objective, entries = build_objective(
-            self.settings, start, network.model, self.tokenizer, stops, where, self.stop
+            self.settings, self.here, start, network.model, self.tokenizer, stops, where, self.stop
         )
         network.about |= entries
         return objective
@@ -270,10 +213,11 @@ class _Run:
 
     def _claim_folder(self, start: Start, progress: Progress, plan: StepPlan) -> None:
         """Nothing of an earlier run is overwritten: what is in the way moves into earlier-NNN/. Then the log opens."""
-        self.here.barrier()  # every rank has read its checkpoint
+        step = progress.step if start.in_folder else None
+        new_course = self.settings.checkpoint_path is not None
+        if self.folder.held:  # on other machines too: a run must not go on some day from what is left of an earlier one
+            self.folder.set_aside(step, self.say, new_course)
         if self.here.is_main:
-            step = progress.step if start.goes_on_in(self.folder) else None
-            self.folder.set_aside(step, self.say, new_course=self.settings.checkpoint_path is not None)
             self.folder.prune(self.settings.keep_last_n_checkpoints)  # a kill may have come between rename and removal
             self.console.open_log(self.folder.path / "training.log")
             text = to_yaml(resolved(self.settings, plan)).encode()
@@ -306,7 +250,7 @@ class _Run:
         if unfreezing is not None and progress.step >= 0:
             unfreezing.begin(progress.step)  # what has not trained yet has no state to load
         if start.resumes and start.payload is not None:
-            load_optimizer_state(model, optimizers, start.payload["optimizer"])
+            load_optimizer_state(model, optimizers, start.payload.pop("optimizer"))  # it would stay in memory
         return optimizers
 
     def _about(self, network: Network) -> dict[str, Any]:

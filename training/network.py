@@ -10,11 +10,12 @@ import torch
 
 from data.shards import TokenSet
 from formats.adapter import adapter_entry, base_entry, check_base, is_adapter, put_on
-from formats.open_model import build_model, load_payload
+from formats.open_model import build_model, load_base, load_payload
 from model.config import GPTConfig, preset
 from model.gpt import GPT
 from model.lora import LoraSettings, lr_multipliers
 from model.tuning import METHODS, QLoraSettings, apply_method, settings_from_dict
+from training.distributed import Dist
 from training.run_folder import Say
 from training.run_settings import METHOD_FLAGS, FinetuneSettings, RunSettings
 from training.settings import is_explicit
@@ -30,13 +31,15 @@ class Network:
     lr_scales: dict[str, float] = field(default_factory=dict)
 
 
-def build_network(settings: RunSettings, start: Start, train_set: TokenSet, folder: Path, say: Say) -> Network:
+def build_network(
+    settings: RunSettings, here: Dist, start: Start, train_set: TokenSet, folder: Path, say: Say
+) -> Network:
     """The network that the run trains. Raises ValueError where file, data and settings do not fit together."""
-    model = _from_file(settings, start, train_set) if start.payload is not None else _random(settings, train_set)
+    model = _from_file(settings, here, start, train_set) if start.payload is not None else _random(settings, train_set)
     about: dict[str, Any] = {"config": model.config.to_dict()}
     lr_scales: dict[str, float] = {}
     if isinstance(settings, FinetuneSettings):
-        entries, chosen = _tune(model, settings, start, folder, say)
+        entries, chosen = _tune(model, settings, here, start, folder, say)
         about |= entries
         lr_scales = learning_rate_scales(model, settings.finetune_method, chosen, settings.layer_lr_decay)
     model.gradient_checkpointing = settings.gradient_checkpointing
@@ -50,7 +53,7 @@ def _random(settings: RunSettings, train_set: TokenSet) -> GPT:
     return GPT(_preset_config(settings, train_set))
 
 
-def _from_file(settings: RunSettings, start: Start, train_set: TokenSet) -> GPT:
+def _from_file(settings: RunSettings, here: Dist, start: Start, train_set: TokenSet) -> GPT:
     """The model of the start's file; an adapter of a resumed run with its base."""
     assert start.payload is not None and start.path is not None
     payload, path = start.payload, start.path
@@ -62,7 +65,11 @@ def _from_file(settings: RunSettings, start: Start, train_set: TokenSet) -> GPT:
     base = None  # of an adapter: where it says itself, unless
     if isinstance(settings, FinetuneSettings) and is_explicit(settings, "pretrained_checkpoint"):
         base = settings.pretrained_checkpoint
-    model = build_model(payload, path, base_model=base, dropout=settings.dropout)
+    if is_adapter(payload):
+        whole = here.from_main(lambda: load_base(payload, path, base))
+        model = put_on(build_model(whole, path, dropout=settings.dropout), payload, path)
+    else:
+        model = build_model(payload, path, dropout=settings.dropout)
     if model.config.vocab_size != train_set.vocab_size:
         raise ValueError(
             f"{path} has a vocabulary of {model.config.vocab_size}, the data set {settings.data_dir} "
@@ -127,7 +134,9 @@ def chosen_method(settings: FinetuneSettings) -> Any:
     return METHODS[method].settings(**values)
 
 
-def _tune(model: GPT, settings: FinetuneSettings, start: Start, folder: Path, say: Say) -> tuple[dict[str, Any], Any]:
+def _tune(
+    model: GPT, settings: FinetuneSettings, here: Dist, start: Start, folder: Path, say: Say
+) -> tuple[dict[str, Any], Any]:
     """Makes the model ready for the run's method, in place; its entries of checkpoints, and the method's settings."""
     method = settings.finetune_method
     if start.resumes:
@@ -137,7 +146,7 @@ def _tune(model: GPT, settings: FinetuneSettings, start: Start, folder: Path, sa
             wanted = _adapter_settings(settings, start.payload["adapter"], start.path)
             return {key: start.payload[key] for key in ("adapter", "base")}, wanted
     if settings.adapter is not None:
-        return _go_on_with_adapter(model, settings, start, folder, say)
+        return _go_on_with_adapter(model, settings, here, start, folder, say)
     if METHODS[method].adapts and start.payload is None:
         raise ValueError(f"--finetune_method {method} needs a base: name one with --pretrained_checkpoint")
     wanted = chosen_method(settings)
@@ -184,11 +193,11 @@ def _field(method_settings: Any, name: str) -> Any:
 
 
 def _go_on_with_adapter(
-    model: GPT, settings: FinetuneSettings, start: Start, folder: Path, say: Say
+    model: GPT, settings: FinetuneSettings, here: Dist, start: Start, folder: Path, say: Say
 ) -> tuple[dict[str, Any], Any]:
     """`--adapter`: a new run that starts from a trained adapter, with the method and sizes that it has."""
     path = Path(str(settings.adapter))
-    payload = load_payload(path, base_model=settings.pretrained_checkpoint)
+    payload = here.from_main(lambda: load_payload(path, base_model=settings.pretrained_checkpoint))
     if not is_adapter(payload):
         raise ValueError(f"--adapter {path}: is a whole model, not an adapter: give it to --pretrained_checkpoint")
     if start.payload is None:

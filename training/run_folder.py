@@ -15,6 +15,7 @@ from formats.checkpoint import is_full, load_checkpoint, remove_temporaries, syn
 Say = Callable[[str], None]
 
 _CHECKPOINT = re.compile(r"^model_(\d{5,})\.pt$")
+_WOULD_RESUME = " (--auto_resume would have gone on with it)"
 _RUN_FILES = (
     *("metrics.jsonl", "samples.jsonl", "training.log", "config.yaml", "curves.png", "run.html", "status.json"),
     *("best.pt", "final.pt", "tensorboard"),
@@ -56,6 +57,22 @@ class RunFolder:
         if self._lock is None:
             raise ValueError(f"--log_dir {self.path}: another run is writing here; wait for it or choose another")
         remove_temporaries(self.path)
+
+    def join(self) -> None:
+        """Lock the folder on another machine than rank 0's, where there is one that rank 0 does not hold already.
+
+        On a shared disk rank 0 has it; on a disk of its own the machine may have checkpoints from when it had rank 0.
+        """
+        if self.path.is_dir():
+            with contextlib.suppress(OSError):
+                self._lock = lock_file(self.path / ".lock")
+        if self.held:
+            remove_temporaries(self.path)
+
+    @property
+    def held(self) -> bool:
+        """Whether this process has the folder for itself."""
+        return self._lock is not None
 
     def close(self) -> None:
         """Let the next run in. A run that did not say how it ended has failed."""
@@ -101,9 +118,10 @@ class RunFolder:
         if old:
             sync_folder(self.path)
 
-    def set_aside(self, after_step: int | None, say: Say, new_course: bool = False) -> None:
+    def set_aside(self, after_step: int | None, say: Say, new_course: bool = False, hint: str = _WOULD_RESUME) -> None:
         """Move an earlier run's files out of the way: all of them, or only checkpoints later than `after_step`.
 
+        `hint` is said of a whole run in the way.
         `new_course`: somebody goes back to an older step on purpose, so best.pt of a later step does not belong to it.
         """
         files = [file for step, file in self.checkpoints() if after_step is None or step > after_step]
@@ -121,7 +139,7 @@ class RunFolder:
         for file in files:
             os.replace(file, aside / file.name)
         what = "an earlier run" if after_step is None else f"checkpoints later than step {after_step}"
-        hint = " (--auto_resume would have gone on with it)" if after_step is None else ""
+        hint = hint if after_step is None else ""
         say(f"{self.path} held {what}: moved to {aside} ({len(files)} files){hint}.")
 
     def _best_step(self) -> int:

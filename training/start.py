@@ -12,6 +12,8 @@ from data.chat import Template
 from data.templates import template_from_spec
 from formats.checkpoint import has_digest, is_full, load_checkpoint
 from formats.open_model import load_payload
+from training.distributed import Dist
+from training.nodes import fetch_newest
 from training.run_folder import RunFolder, Say
 from training.run_settings import (
     METHOD_DEFAULTS,
@@ -41,15 +43,29 @@ _NOT_INHERITED = {
 
 @dataclass(frozen=True)
 class Start:
-    """The loaded file, if any, and whether the run goes on from its training state."""
+    """The loaded file, if any, and whether the run goes on from its training state, in the very folder that it is in,
+    so that the folder's records go on too.
+    """
 
     path: Path | None = None
     payload: dict[str, Any] | None = None
     resumes: bool = False
+    in_folder: bool = False
 
-    def goes_on_in(self, folder: RunFolder) -> bool:
-        """Whether it resumes from a checkpoint of this very folder, so that the folder's records go on too."""
-        return self.resumes and self.path is not None and self.path.parent.resolve() == folder.path.resolve()
+
+def start_everywhere(settings: RunSettings, here: Dist, folder: RunFolder, say: Say) -> Start:
+    """Where the run starts, on every process. Rank 0 reads the file and sends what it holds: the others need none.
+
+    Errors as `choose_start`, raised by all.
+    """
+    if (settings.resume or settings.auto_resume) and settings.checkpoint_path is None:
+        fetch_newest(here, folder, say)
+
+    def chosen() -> tuple[Any, ...]:
+        start = choose_start(settings, folder, say)
+        return start.path, start.payload, start.resumes, start.in_folder
+
+    return Start(*here.from_main(chosen))
 
 
 def choose_start(settings: RunSettings, folder: RunFolder, say: Say) -> Start:
@@ -77,14 +93,14 @@ def _own_checkpoint(settings: RunSettings, folder: RunFolder, say: Say) -> Start
                     f"{path}: carries no digest, so damage to it could go unnoticed: resume from a file that a run "
                     "wrote, or start a new run from its weights with finetune_dolly.py --pretrained_checkpoint"
                 )
-            return Start(path, payload, resumes=True)
+            return Start(path, payload, resumes=True, in_folder=path.parent.resolve() == folder.path.resolve())
         say(f"{path}: weights only, no training state: the run starts at step 0 from these weights")
         return Start(path, payload)
     if not (settings.resume or settings.auto_resume):
         return None
     found = folder.newest_good(say)
     if found is not None:
-        return Start(*found, resumes=True)
+        return Start(*found, resumes=True, in_folder=True)
     if settings.resume:
         raise ValueError(
             f"--resume: no usable checkpoint in {folder.path}: name one with --checkpoint_path, or drop --resume"

@@ -9,6 +9,7 @@ from typing import Any
 from data.shards import TokenSet
 from data.tokenizer import Tokenizer
 from model.gpt import GPT
+from training.distributed import Dist
 from training.objectives.distill import Distillation, open_teacher
 from training.objectives.dpo import DPO
 from training.objectives.grpo import GRPO
@@ -49,6 +50,7 @@ def check_data(settings: RunSettings, tokens: TokenSet) -> None:
 
 def build_objective(
     settings: RunSettings,
+    here: Dist,
     start: Start,
     model: GPT,
     tokenizer: Tokenizer,
@@ -67,11 +69,11 @@ def build_objective(
     if not isinstance(settings, FinetuneSettings) or name == "sft":
         return Supervised(model), {}
     if name == "distill":
-        teacher, called, entries = open_teacher(settings, start, model, tokenizer, folder)
+        teacher, called, entries = open_teacher(settings, here, start, model, tokenizer, folder)
         return Distillation(settings, model, teacher, called), entries
     if name == "grpo" and settings.grpo_beta == 0:
         return GRPO(settings, model, None, tokenizer, stop_ids, stop), {}
-    reference, entries = open_reference(settings, start, model, folder)
+    reference, entries = open_reference(settings, here, start, model, folder)
     if name == "dpo":
         return DPO(settings, model, reference, stop), entries
     return GRPO(settings, model, reference, tokenizer, stop_ids, stop), entries

@@ -22,6 +22,7 @@ from formats.adapter import base_candidates, base_entry, weights_digest
 from formats.open_model import build_model, is_hub_name, load_payload, payload_tokenizer
 from model.gpt import GPT
 from model.loss import linear_distillation_sum
+from training.distributed import Dist
 from training.objectives.objective import Sums
 from training.run_settings import FinetuneSettings
 from training.settings import is_explicit
@@ -148,12 +149,12 @@ def _check_streams(model: GPT, teacher: GPT, name: str) -> None:
 
 
 def open_teacher(
-    settings: FinetuneSettings, start: Start, model: GPT, tokenizer: Tokenizer, folder: Path
+    settings: FinetuneSettings, here: Dist, start: Start, model: GPT, tokenizer: Tokenizer, folder: Path
 ) -> tuple[GPT, str, dict[str, Any]]:
     """The teacher on the model's device, what it is called, and the entries by which a resumed run finds it again.
 
-    A checkpoint's fp32 weights stay mapped from its file: all processes of a machine share one copy, and none can
-    change it. ValueError or FileNotFoundError where there is none, or another than the run began with.
+    Rank 0 reads it; there a checkpoint's fp32 weights stay mapped from its file. ValueError or FileNotFoundError where
+    there is none, or another than the run began with.
     """
     entry = (start.payload or {}).get("teacher") if start.resumes else None
     names = [settings.teacher] if settings.teacher is not None else []
@@ -161,8 +162,12 @@ def open_teacher(
         names = base_candidates({"base": entry}, start.path or folder)
     if not names:
         raise ValueError("--objective distill learns from a model: name it with --teacher")
-    name = next((name for name in names if Path(name).exists() or is_hub_name(name)), names[0])
-    payload = load_payload(name)
+
+    def read() -> tuple[str, dict[str, Any]]:
+        name = next((name for name in names if Path(name).exists() or is_hub_name(name)), names[0])
+        return name, load_payload(name)
+
+    name, payload = here.from_main(read)
     if entry is not None and weights_digest(payload["model"]) != entry["digest"]:
         raise ValueError(f"--teacher {name}: is another model than the run began with ({entry['name']})")
     if (theirs := payload_tokenizer(payload, name)).fingerprint != tokenizer.fingerprint:

@@ -15,6 +15,7 @@ from formats.checkpoint import masks_entry
 from formats.open_model import build_model, load_base
 from model.gpt import GPT
 from model.tuning import METHODS, adapters_off
+from training.distributed import Dist
 from training.run_settings import FinetuneSettings
 from training.settings import is_explicit
 from training.start import Start
@@ -38,7 +39,7 @@ class Reference:
 
 
 def open_reference(
-    settings: FinetuneSettings, start: Start, model: GPT, folder: Path
+    settings: FinetuneSettings, here: Dist, start: Start, model: GPT, folder: Path
 ) -> tuple[Reference, dict[str, Any]]:
     """The reference of a run that trains `model`, and the entries by which a resumed run finds it again.
 
@@ -59,7 +60,8 @@ def open_reference(
     if start.resumes:
         entry = start.payload["reference"]
         other = settings.pretrained_checkpoint if is_explicit(settings, "pretrained_checkpoint") else None
-        payload = load_base({"base": entry}, start.path, other)
+        path = start.path
+        payload = here.from_main(lambda: load_base({"base": entry}, path, other))
         frozen = build_model(payload, entry["name"])
     else:
         entry = base_entry({"model": model.state_dict(), **masks_entry(model.masks)}, str(start.path), folder)
