@@ -93,6 +93,8 @@ def check_file(path: Path, dtype: np.dtype, entry: dict[str, Any], count: int | 
             raise damaged(path, f"is missing, {MANIFEST} lists it")
         if not path.is_file():
             raise damaged(path, "is no regular file, expected a shard")
+        if path.is_symlink() and path.resolve().parent != path.parent.resolve():
+            raise damaged(path, f"is a link to {path.resolve()}, outside the folder; copy it there or link the folder")
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
             stamp = (status.st_size, status.st_mtime_ns)

@@ -114,9 +114,9 @@ def _tensors_of_index(folder: Path, index_name: str, index: dict[str, Any]) -> d
     for shard in sorted(set(listed.values())):
         path = file_in(folder, shard)
         if path is None:
-            raise FormatError(f"{where}: lists {shard[:80]}, which is missing: download the model again")
+            raise FormatError(f"{where}: lists {shard[:80]!r}, which is missing: download the model again")
         if path.suffix != Path(index_name.removesuffix(".index.json")).suffix:
-            raise FormatError(f"{where}: lists {shard[:80]}, which is of another kind")
+            raise FormatError(f"{where}: lists {shard[:80]!r}, which is of another kind")
         tensors = _tensors_of(path)
         twice = sorted(tensors.keys() & found.keys())
         if twice:
@@ -124,7 +124,7 @@ def _tensors_of_index(folder: Path, index_name: str, index: dict[str, Any]) -> d
         found |= tensors
     for name, shard in listed.items():
         if name not in found or Path(found[name].where).name != shard:
-            raise FormatError(f"{where}: says that {name[:80]!r} lies in {shard}, where it is not")
+            raise FormatError(f"{where}: says that {name[:80]!r} lies in {shard[:80]!r}, where it is not")
     return found
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from formats.errors import FormatError
-from formats.hf_folder import read_object
+from formats.hf_folder import file_in, read_object
 from formats.safetensors_file import read_blocks, read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -25,9 +25,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The adapter's tensors by name, fp32. FormatError if they are missing or damaged."""
-    path, tensors = folder / WEIGHTS, {}
-    if not path.is_file():
-        raise FormatError(f"{path}: no such file; adapters are read from safetensors")
+    path, tensors = file_in(folder, WEIGHTS), {}
+    if path is None:
+        raise FormatError(f"{folder / WEIGHTS}: no such file; adapters are read from safetensors")
     for name, entry in read_header(path).items():
         blocks = [rows.float().clone() for _, rows in read_blocks(path, name, entry)]
         tensors[name] = torch.cat(blocks) if blocks else torch.empty(entry.shape)
