@@ -325,6 +325,22 @@ def to_dict(settings: Any) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
 
+def takes(cls: type, name: str, value: Any) -> bool:
+    """Whether a setting may have this plain value, as `to_dict` gives it."""
+    return _fits(value, typing.get_type_hints(cls)[name])
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return type(value) is str and value in parts
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, (list, tuple)) and all(_fits(part, parts[0]) for part in value)
+    if parts:
+        return any(_fits(value, part) for part in parts)
+    return type(value) in ((int, float) if hint is float else (hint,))
+
+
 def to_yaml(settings: Any) -> str:
     """The resolved settings as a file that --config takes: without those that another one stands in for."""
     plain = to_dict(settings)

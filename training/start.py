@@ -23,7 +23,7 @@ from training.run_settings import (
     FinetuneSettings,
     RunSettings,
 )
-from training.settings import is_explicit, own_name, to_dict
+from training.settings import is_explicit, own_name, takes, to_dict
 
 R = TypeVar("R", bound=RunSettings)
 
@@ -39,6 +39,8 @@ _NOT_INHERITED = {
     "wandb_project",
     "tensorboard",
 }
+# Files that are run: they are named by who starts a run, not by the file that it goes on from.
+_PROGRAMS = ("reward",)
 
 
 @dataclass(frozen=True)
@@ -162,10 +164,21 @@ def with_checkpoint_settings(settings: R, saved: dict[str, Any], say: Say) -> R:
         if name not in now or name in _NOT_INHERITED or name in silenced:
             continue
         if name not in explicit:
+            _check_inherited(settings, name, value)
             changes[name] = tuple(value) if isinstance(value, list) else value
         elif now[name] != value:
             say(f"  {name}: {value} in the checkpoint, now {now[name]}")
     return _replace(settings, changes, explicit)
+
+
+def _check_inherited(settings: RunSettings, name: str, value: Any) -> None:
+    """ValueError for a value that a run could not have saved, and for a program: no file has another one run."""
+    if not takes(type(settings), name, value):
+        raise ValueError(f"the checkpoint's settings are damaged: {name} is {value!r:.80}")
+    if name in _PROGRAMS and value != getattr(type(settings), name):
+        raise ValueError(
+            f"the checkpoint's run used --{name} {value}, which runs a program: give --{name} again if you trust it"
+        )
 
 
 def note_versions(saved: dict[str, Any], now: dict[str, Any], say: Say) -> None:
