@@ -59,6 +59,11 @@ def from_bytes(data: bytes) -> dict[str, Any]:
     return dict(state)
 
 
+def seed_micro_batch(seed: int, sample: int) -> None:
+    """Seed torch (CPU and GPUs) for the micro-batch that begins with this global sample, whichever process has it."""
+    torch.manual_seed(derived_seed(seed, sample, 0))
+
+
 def derived_seed(seed: int, step: int, rank: int) -> int:
     """The seed of a process that has no saved state of its own, because the number of processes changed."""
     return (seed * 1_000_003 + step * 8191 + rank * 131) % 2**63

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import sys
 from dataclasses import dataclass
@@ -30,13 +31,25 @@ class Runtime:
         return torch.autocast(self.device.type, self.dtype) if self.mixed else contextlib.nullcontext()
 
 
-def choose_runtime(device: torch.device, dtype: str, compile_: str, matmul_precision: str) -> Runtime:
-    """Settle dtype and compilation for `device`, and apply the matmul precision and the CPU's allocator settings."""
+def choose_runtime(
+    device: torch.device, dtype: str, compile_: str, matmul_precision: str, exact: bool = False
+) -> Runtime:
+    """Settle dtype and compilation for `device`, and apply the matmul precision and the CPU's allocator settings.
+
+    exact: equal micro-batches must give equal bits, in whatever order a process meets them.
+    """
     torch.set_float32_matmul_precision(matmul_precision)
     chosen, why = _choose_dtype(device, dtype)
     reasons = [f"dtype {str(chosen).removeprefix('torch.')}: {why}"]
-    compiled = compile_ == "on" or (compile_ == "auto" and device.type == "cuda")
-    if compile_ != "auto":
+    compiled = compile_ == "on" or (compile_ == "auto" and device.type == "cuda" and not exact)
+    if exact:
+        _fix_kernels()
+        reasons.append("compile off: with --exact, as code compiled for one shape may serve another in other processes")
+        reasons.append(
+            f"exact: another number of processes changes no bit; another number of threads ({torch.get_num_threads()} "
+            "in each process) does"
+        )
+    elif compile_ != "auto":
         reasons.append(f"compile {compile_}: as asked")
     elif compiled:
         reasons.append("compile on: a GPU gains from fused kernels")
@@ -45,6 +58,13 @@ def choose_runtime(device: torch.device, dtype: str, compile_: str, matmul_preci
     if device.type == "cpu" and keep_freed_memory():
         reasons.append("allocator: freed buffers are kept (fresh ones of 100 MB cost a page fault every 4 KB)")
     return Runtime(device, chosen, compiled, tuple(reasons))
+
+
+def _fix_kernels() -> None:
+    """Only kernels that give the same bits each time: a GPU's fastest index_add_ and attention do not."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it is first used
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a check for kernels that read it, at 4 bytes a number
 
 
 def _choose_dtype(device: torch.device, dtype: str) -> tuple[torch.dtype, str]:

@@ -152,6 +152,10 @@ def _refuse_conflicts(settings: RunSettings) -> None:
     for one, other in settings.STANDS_FOR.items():
         if is_explicit(settings, one) and getattr(settings, one) is not None and is_explicit(settings, other):
             raise ValueError(f"--{one} and --{other} are both set: give one of them")
+    if settings.exact and settings.compile == "on":
+        raise ValueError("--exact: compiled code depends on the shapes that a process met before; no --compile on")
+    if settings.exact and settings.parallel == "fsdp":
+        raise ValueError("--exact: --parallel fsdp adds gradients in an order of its own: use ddp or zero1")
 
 
 def _refuse_idle_flags(settings: FinetuneSettings) -> None:
@@ -228,8 +232,8 @@ def note_batch(plan: StepPlan, state: Mapping[str, Any] | None, say: Callable[[s
         say(f"  windows of a step: {windows} in the checkpoint, now {plan.windows_per_step}")
     elif processes != plan.world_size:
         say(
-            f"{plan.world_size} processes go on from {processes}: a step keeps its {windows} windows, as "
-            f"{plan.grad_accum} micro-batches of {plan.micro_batch} in each process"
+            f"  processes: {processes} in the checkpoint, now {plan.world_size}: a step keeps its {windows} windows, "
+            f"{plan.grad_accum} micro-batches of {plan.micro_batch} in each"
         )
 
 
