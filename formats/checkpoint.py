@@ -33,7 +33,14 @@ _PLAIN_END = 22  # bytes: the end-of-archive record of a zip without a comment
 _CHUNK = 1 << 22
 
 # Errors after which trying again later may work, in words.
-OUT_OF_SPACE = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota used up", errno.EFBIG: "over the file size limit"}
+MAY_PASS = {
+    errno.ENOSPC: "disk full",
+    errno.EDQUOT: "disk quota used up",
+    errno.EFBIG: "over the file size limit",
+    errno.EIO: "input/output error",
+    errno.EROFS: "read-only file system",
+    errno.ESTALE: "stale file handle",
+}
 
 # What a weights-only file lacks.
 TRAINING_KEYS = ("optimizer", "scaler", "train_loader_state", "rng", "progress")
@@ -139,7 +146,7 @@ def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> int:
         try:
             _verify_digest(temporary, shown=path)
         except ValueError as error:
-            raise OSError(errno.EIO, f"{error} (as read again after writing)") from None
+            raise OSError(errno.EIO, f"{str(error).removeprefix(f'{path}: ')} (as read again after writing)") from None
         _read(temporary, shown=path)  # mapped, not read: it proves that weights_only=True takes every value
 
     try:
@@ -150,17 +157,20 @@ def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> int:
     return size
 
 
-def _save_error(path: Path, payload: dict[str, Any], error: Exception) -> Exception:
-    """The error of a failed save in one line; where space ran out, with how much was needed and how much there is."""
-    code = error.errno if isinstance(error, OSError) else None
-    if code is not None and code not in OUT_OF_SPACE:
-        return error
+def _save_error(path: Path, payload: dict[str, Any], error: Exception) -> OSError:
+    """The error of a failed save in one line: the file, the reason, how much was needed and how much there is."""
     needed = payload_bytes(payload)
-    free = shutil.disk_usage(path.parent).free
-    if code is None:
-        code = errno.ENOSPC if free < needed else errno.EIO
-    reason = OUT_OF_SPACE.get(code) or f"could not be written ({' '.join(str(error).split())[:120]})"
-    return OSError(code, f"{path}: {reason}: about {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
+    try:
+        free = shutil.disk_usage(path.parent).free
+        room = f"{free / 1e6:.1f} MB free"
+    except OSError:  # the folder itself is gone or out of reach
+        free, room = needed, "free space unknown"
+    if isinstance(error, OSError) and error.errno is not None:
+        code, said = error.errno, error.strerror
+    else:
+        code, said = (errno.ENOSPC if free < needed else errno.EIO), " ".join(str(error).split())[:120]
+    reason = MAY_PASS.get(code, said) if said == os.strerror(code) else said
+    return OSError(code, f"{path}: {reason}: about {needed / 1e6:.1f} MB needed, {room}")
 
 
 def payload_bytes(payload: Any) -> int:

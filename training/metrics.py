@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from formats.checkpoint import OUT_OF_SPACE, write_durably
+from formats.checkpoint import MAY_PASS, write_durably
 
 
 class AppendFile:
     """A file that lines are appended to, each in one write.
 
     The kernel copies a write page by page and lets SIGKILL in between, so that a kill can tear the last line of a
-    file, and only that one: the next to append takes it away first, and no reader takes it for a line. What a full
-    disk refuses is kept and tried again with the next line: no run ends for want of a log line.
+    file, and only that one: the next to append takes it away first, and no reader takes it for a line. What a disk
+    that is full, or fails otherwise for a while, refuses is kept and tried again with the next line: no run ends for
+    want of a log line.
     """
 
     def __init__(self, path: Path, complain: Callable[[str], None]) -> None:
@@ -28,7 +29,7 @@ class AppendFile:
         self._complained = False
 
     def append(self, data: bytes) -> None:
-        """Write `data` after what waits. Raises OSError for all but a lack of space."""
+        """Write `data` after what waits. Raises OSError for what no waiting will mend."""
         self._waiting += data
         try:
             if self._file is None:
@@ -38,7 +39,7 @@ class AppendFile:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
             self._complained = False
         except OSError as error:
-            self._wait_for_space(error)
+            self._wait_for_better(error)
 
     def flush_to_disk(self) -> None:
         """So that what is written outlives a power cut."""
@@ -47,7 +48,7 @@ class AppendFile:
             try:
                 os.fsync(self._file.fileno())
             except OSError as error:
-                self._wait_for_space(error)
+                self._wait_for_better(error)
 
     def close(self) -> None:
         """A last try for what waits."""
@@ -56,12 +57,12 @@ class AppendFile:
             self._file.close()
             self._file = None
 
-    def _wait_for_space(self, error: OSError) -> None:
-        if error.errno not in OUT_OF_SPACE:
+    def _wait_for_better(self, error: OSError) -> None:
+        if error.errno not in MAY_PASS:
             raise error
         if not self._complained:
             self._complained = True
-            self.complain(f"{self.path}: {OUT_OF_SPACE[error.errno]}: its lines are kept and tried again with the next")
+            self.complain(f"{self.path}: {MAY_PASS[error.errno]}: its lines are kept and tried again with the next")
 
 
 def cut_torn_line(file: IO[bytes], block: int = 1 << 16) -> None:

@@ -40,12 +40,20 @@ def lock_file(path: Path, wait: bool = False) -> IO[bytes] | None:
     return file
 
 
+def _stamp(file: Path) -> tuple[int, ...]:
+    """What changes when a file does, but for damage of the disk itself."""
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 class RunFolder:
     """The folder of one run, locked while the run lives (rank 0 only; the kernel frees the lock of a dead process)."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock: IO[bytes] | None = None
+        self._good: dict[Path, tuple[int, ...]] = {}  # which files were found good, by what tells that they changed
+        self.spare: Callable[[int], bool] | None = None  # the newest good one of these steps is kept besides
         self._running = False  # as status.json says
 
     def open(self) -> None:
@@ -98,25 +106,55 @@ class RunFolder:
         """The newest checkpoint that is whole and holds the training state; each bad one is named with the reason."""
         for step, file in self.checkpoints():
             try:
-                payload = load_checkpoint(file, require_digest=True)
+                return file, self._load(step, file)
             except (ValueError, OSError) as error:
                 say(f"Not used: {error}")
-                continue
-            if not is_full(payload):
-                say(f"Not used: {file}: weights only, no training state to go on from")
-            elif payload.get("step") != step:
-                say(f"Not used: {file}: holds step {payload.get('step')}, its name says {step}")
-            else:
-                return file, payload
         return None
 
+    def vouch_for(self, file: Path) -> None:
+        """The file was just written and read again: good, as long as it does not change."""
+        self._good[file] = _stamp(file)
+
     def prune(self, keep: int) -> None:
-        """Delete all but the `keep` newest numbered checkpoints (0 = keep all)."""
-        old = self.checkpoints()[keep:] if keep > 0 else []
-        for _, file in old:
+        """Delete the numbered checkpoints that nothing needs: all but the `keep` newest good ones (0 = keep all).
+
+        A damaged file is none of them: it never pushes out a good one, and goes once a newer good one is there. Files
+        are read for this only where there are more than `keep`, and once each.
+        """
+        found = self.checkpoints()
+        if keep <= 0 or len(found) <= keep:
+            return
+        good, spared, old = 0, self.spare is None, []
+        for step, file in found:
+            spares = not spared and self.spare is not None and self.spare(step)
+            if (good < keep or spares) and self._is_good(step, file):
+                good, spared = good + 1, spared or spares
+            elif good and not file.is_dir():
+                old.append(file)
+        for file in old:
             file.unlink(missing_ok=True)
+            self._good.pop(file, None)
         if old:
             sync_folder(self.path)
+
+    def _is_good(self, step: int, file: Path) -> bool:
+        try:
+            if self._good.get(file) != _stamp(file):
+                self._load(step, file)
+        except (ValueError, OSError):
+            return False
+        return True
+
+    def _load(self, step: int, file: Path) -> dict[str, Any]:
+        """What a numbered checkpoint holds. Raises ValueError or OSError for one that a run can not go on from."""
+        before = _stamp(file)
+        payload = load_checkpoint(file, require_digest=True)
+        if not is_full(payload):
+            raise ValueError(f"{file}: weights only, no training state to go on from")
+        if payload.get("step") != step:
+            raise ValueError(f"{file}: holds step {payload.get('step')}, its name says {step}")
+        self._good[file] = before
+        return payload
 
     def set_aside(self, after_step: int | None, say: Say, new_course: bool = False, hint: str = _WOULD_RESUME) -> None:
         """Move an earlier run's files out of the way: all of them, or only checkpoints later than `after_step`.

@@ -23,6 +23,7 @@ from training.parallel import Parallel
 from training.progress import Progress
 from training.run_folder import RunFolder
 
+MAX_FAILED_IN_A_ROW = 5  # saves, after which a run ends: it would go on for nothing
 LARGE = 64 << 20  # bytes of a checkpoint from which writing it is left to a thread: below, it takes under 0.2 s
 
 
@@ -56,6 +57,7 @@ class Saver:
         self.model, self.parallel, self.optimizers, self.scaler = model, parallel, optimizers, scaler
         self.about = about  # config, tokenizer, template, settings: what does not change in a run
         self.saved_step: int | None = None
+        self._failed_in_a_row = 0
         self._progress = Progress()
         self._loader_state: dict[str, Any] = {}
         self._rng: dict[str, Any] = {}
@@ -66,7 +68,10 @@ class Saver:
         self._loader_state, self._rng = loader_state, rng_state
 
     def save(self, required: bool = False) -> None:
-        """Write model_NNNNN.pt, then prune the old ones. A failure is said and tried again later, unless `required`."""
+        """Write model_NNNNN.pt, then prune the old ones. A failure is said and tried again later.
+
+        Raises OSError, on every process, where it is `required` or too many in a row have failed.
+        """
         states = [rng.from_bytes(each) for each in self.here.gather_bytes(rng.to_bytes(self._rng))]
         self.settle()
         written, failure = False, None
@@ -77,14 +82,16 @@ class Saver:
             except OSError as error:
                 failure = error
         # Else rank 0 alone would save again before leaving, and wait for ever.
-        saved, goes_on = self.here.max(float(written), float(self._background.pending))
+        saved, goes_on, failed = (
+            bool(flag) for flag in self.here.max(written, self._background.pending, failure is not None)
+        )
         if saved:
             self.saved_step = self._progress.step
         self._writing = self._progress.step if goes_on else None
-        if failure is not None and required:
-            raise failure
-        if failure is not None:
-            self._say_failed(failure)
+        if failed:
+            self._count_failure(failure, required)
+        elif saved and not goes_on:
+            self._failed_in_a_row = 0
 
     def settle(self) -> None:
         """Wait for the checkpoint that is being written, if one is; from then on it counts as saved, or not."""
@@ -95,23 +102,37 @@ class Saver:
         if failed and self.saved_step == self._writing:
             self.saved_step = None
         self._writing = None
+        if failed:
+            self._count_failure(failure, required=False)
+        else:
+            self._failed_in_a_row = 0
 
     def close(self) -> None:
         """The same without the other ranks, on the way out."""
-        self._wait()
+        failure = self._wait()
+        if failure is not None:
+            self.console.say(f"Checkpoint not saved: {failure}. The previous one is whole.")
 
     def _wait(self) -> OSError | None:
         try:
             self._background.wait()
         except OSError as error:
-            self._say_failed(error)
             return error
         return None
 
-    def _say_failed(self, failure: OSError) -> None:
-        self.console.say(
-            f"Checkpoint not saved: {failure}. The previous one is whole; trying again at the next interval."
-        )
+    def _count_failure(self, failure: OSError | None, required: bool) -> None:
+        """Every process calls it, rank 0 with what happened. Raises where the run can not go on without."""
+        self._failed_in_a_row += 1
+        in_a_row = f"{self._failed_in_a_row} of {MAX_FAILED_IN_A_ROW} in a row"
+        if required or self._failed_in_a_row == MAX_FAILED_IN_A_ROW:
+            if failure is None:
+                raise OSError("rank 0 could not write the checkpoint, and says why")
+            raise failure if required else OSError(failure.errno, f"{failure.strerror} (save {in_a_row} that failed)")
+        if failure is not None:
+            self.console.say(
+                f"Checkpoint not saved: {failure}. The previous one is whole; trying again at the next interval "
+                f"({in_a_row})."
+            )
 
     def _write(self, payload: dict[str, Any] | None, may_go_on: bool) -> bool:
         """One file, on rank 0; False where there is nothing worth it. `may_go_on`: the loop need not wait for it."""
@@ -132,8 +153,12 @@ class Saver:
 
     def _write_file(self, path: Path, payload: dict[str, Any]) -> None:
         size = save_checkpoint(path, payload)
-        self.folder.prune(self.keep)
+        self.folder.vouch_for(path)
         self.console.say(f"Saved {path} ({size / 1e6:.1f} MB)")
+        try:
+            self.folder.prune(self.keep)
+        except OSError as error:
+            self.console.say(f"Older checkpoints not removed: {error}")
 
     def save_remembered(self, reason: str) -> None:
         """Before leaving early: save the last completed step, unless that is done or there is none."""
