@@ -1,7 +1,6 @@
 """The loader: an order that is a function of (seed, sample) alone, a cursor for state, a thread that reads ahead."""
 
 import gc
-import random
 import time
 import weakref
 from typing import Any
@@ -16,70 +15,12 @@ from data.loader import IGNORED, Loader, eval_batches
 from data.order import permute
 from tests.token_sets import counting_records, counting_text
 
-# ---- the cursor
-
-
-def stream_of(tokens, count, **options):
-    """(sample, first id, sum of targets) of the first `count` samples of one process."""
-    loader = Loader(tokens, batch_size=1, **options)
-    out = []
-    for _ in range(count):
-        out += rows_of(loader.next_batch())
-    loader.close()
-    return out
+# ---- the cursor; what processes that come and go see is in test_training_elastic.py
 
 
 def rows_of(batch):
     sums = torch.where(batch.targets == IGNORED, 0, batch.targets).sum(1)
     return list(zip(batch.samples, batch.inputs[:, 0].tolist(), sums.tolist()))
-
-
-@pytest.mark.parametrize(("kind", "pairs"), [("text", 400), ("packed", 200), ("records", 400)])
-def test_any_sequence_of_world_sizes_sees_the_sequence_of_one_process(tmp_path, kind, pairs):
-    """1,000 pairs of runs: each on so many processes, stopped anywhere, resumed on another number of them."""
-    if kind == "text":
-        tokens = counting_text(tmp_path, 200)
-    else:
-        tokens = counting_records(tmp_path, [7, 12, 3, 30, 9, 22, 5, 5, 16, 40, 8, 11])
-    options: dict[str, Any] = {"block_size": 16, "seed": 5, "packing": kind == "packed"}
-    expected = stream_of(tokens, 60, **options)
-    chance = random.Random(kind)
-    for _ in range(pairs):
-        batch_size, state, seen = chance.randint(1, 3), None, []
-        for _ in range(2):
-            seen += run_world(tokens, chance.randint(1, 4), batch_size, chance.randint(1, 2), state, options)
-            state = seen.pop()
-        assert seen == expected[: len(seen)] and len(seen) >= 2 * batch_size
-
-
-def run_world(tokens, world_size, batch_size, steps, state, options):
-    """What `world_size` processes see in so many micro-batches, in global order, and the state at the end."""
-    loaders = [
-        Loader(tokens, batch_size=batch_size, rank=r, world_size=world_size, **options) for r in range(world_size)
-    ]
-    seen = []
-    for loader in loaders:
-        if state is not None:
-            loader.load_state(state)
-    for _ in range(steps):
-        for loader in loaders:
-            seen += rows_of(loader.next_batch())
-    states = [loader.state() for loader in loaders]
-    for loader in loaders:
-        loader.close()
-    assert all(other == states[0] for other in states)
-    return [*seen, states[0]]
-
-
-def test_three_epochs_over_changing_worlds_lose_and_repeat_nothing(tmp_path):
-    tokens = counting_text(tmp_path, 1000)
-    options: dict[str, Any] = {"block_size": 7, "seed": 3}
-    expected = stream_of(tokens, 600, **options)
-    seen, state = [], None
-    for world_size, steps in ((1, 40), (2, 31), (4, 17), (3, 9), (1, 33), (5, 10)):
-        seen += run_world(tokens, world_size, 2, steps, state, options)
-        state = seen.pop()
-    assert seen == expected[: len(seen)] and len(seen) >= 3 * 143
 
 
 def test_the_state_is_what_was_consumed_not_what_was_prefetched(tmp_path):
