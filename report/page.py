@@ -31,10 +31,11 @@ def render_template(
     The style and script of all pages come first. `data` is what the script reads; `connects` lets the page ask its own
     server, and nobody else. `folder` holds the template where that is not here; its other files are given whole paths.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from jinja2 import FileSystemLoader, StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
     from markupsafe import Markup
 
-    environment = Environment(
+    environment = ImmutableSandboxedEnvironment(
         loader=FileSystemLoader([folder, TEMPLATES]),
         autoescape=True,
         undefined=StrictUndefined,
