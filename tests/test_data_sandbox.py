@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -220,7 +221,7 @@ def test_long_conversations_have_room() -> None:
 
 def test_a_value_with_methods_of_its_own_is_not_let_in() -> None:
     with pytest.raises(ValueError, match="value of type PosixPath, expected plain JSON"):
-        render("{{ x.write_text('') }}", {"x": __import__("pathlib").Path("/nowhere")})
+        render("{{ x.write_text('') }}", {"x": Path("/nowhere")})
 
 
 def test_one_rendering_leaves_nothing_to_the_next() -> None:

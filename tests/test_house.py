@@ -79,16 +79,6 @@ def test_heavy_libraries_are_imported_where_they_are_used() -> None:
             assert not heavy, f"{file.relative_to(ROOT)} imports {heavy} at its top"
 
 
-def test_nothing_unpickles_or_evaluates() -> None:
-    bad = re.compile(
-        r"pickle\.loads?\(|weights_only\s*=\s*False|yaml\.load\(|shell\s*=\s*True|\beval\(|\bexec\(|allow_pickle\s*=\s*True"
-    )
-    for file in code():
-        for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
-            match = bad.search(line)
-            assert not match or ".eval(" in line, f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
-
-
 def test_files_and_functions_stay_short() -> None:
     for file in code():
         text = file.read_text("utf-8")

@@ -17,7 +17,7 @@ from data.sources import record_rows
 from data.tokenizer import load_tokenizer
 from evaluation.prompts import read_prompts
 from evaluation.texts import read_text
-from formats.checkpoint import load_checkpoint
+from formats.checkpoint import load_checkpoint, save_checkpoint
 from formats.checkpoint_command import main as checkpoint_command
 from formats.open_model import load_any_tokenizer, open_model, read_config
 from pruning.cache import _load as load_statistics
@@ -26,9 +26,11 @@ from report.votes import read_votes
 from tests.adapters import make_adapter
 from tests.evil_pickles import EVILS, Evil
 from tests.foreign_models import save_foreign
+from tests.runs import tune
 from tests.tiny import finetune_settings, record_set, text_set, train_settings
 from tests.tiny_checkpoints import save_tiny
 from training.launch import finetune, pretrain
+from training.objectives.rewards import load_reward
 from training.run_folder import RunFolder
 from training.run_settings import FinetuneSettings
 from training.settings import parse
@@ -76,6 +78,10 @@ def tuned(**changes: Any) -> Callable[[Path], Any]:
         return finetune(finetune_settings(data, file.parent / "logs", base, block_size=64, **given))
 
     return come_in
+
+
+def good_one(file: Path) -> Path:
+    return file.parent.parent / "good" / "base.pt"
 
 
 def resumed(file: Path) -> Any:
@@ -179,15 +185,29 @@ def test_an_evil_pickle_runs_at_no_door(evil: Evil, good: Path, tmp_path: Path) 
 
 def test_the_doors_take_what_is_good(good: Path) -> None:
     """Else they might refuse whatever comes."""
-    home = good.parent / "home"
-    for name, door in DOORS.items():
+    for read in (load_checkpoint, open_model, read_config, load_any_tokenizer):
+        read(good / "base.pt")
+    for door in DOORS.values():
         if door.like in ("text", "hf"):
-            shutil.rmtree(home, ignore_errors=True)
-            shutil.copytree(good / door.like, home)
-            door.come_in(home / door.place)
-        elif (
-            door.come_in in (load_checkpoint, open_model, read_config, load_any_tokenizer) and door.place == "model.pt"
-        ):
-            door.come_in(good / "base.pt")
-            assert name
+            shutil.copytree(good / door.like, good.parent / "home", dirs_exist_ok=True)
+            door.come_in(good.parent / "home" / door.place)
     assert open_model(good / "adapter.pt").parameters
+    assert tuned(pretrained_checkpoint="FILE", max_steps=1)(good / "base.pt")["finished"]
+
+
+def test_no_checkpoint_has_a_program_run(good: Path, tmp_path: Path) -> None:
+    """A reward is a function in a file of the user's. A run that goes on takes its settings from a checkpoint."""
+    canary, program = tmp_path / "canary", tmp_path / "reward.py"
+    program.write_text(f"open({str(canary)!r}, 'w')\ndef rate(*_): return 1.0\n")
+    tune(good / "records", tmp_path / "run", good / "base.pt", max_steps=1, block_size=64)
+    payload = load_checkpoint(tmp_path / "run" / "model_00000.pt")
+    payload["settings"] |= {"objective": "grpo", "reward": f"{program}:rate"}
+    evil = tmp_path / "evil" / "model_00000.pt"
+    save_checkpoint(evil, payload)
+    for way in ({"resume": True, "checkpoint_path": str(evil)}, {"auto_resume": True}):
+        settings = finetune_settings(good / "records", evil.parent, good / "base.pt", max_steps=2, **way)
+        with pytest.raises(ValueError, match=r"--reward .*reward.py:rate, which runs a program: give --reward again"):
+            finetune(settings)
+    assert not canary.exists()
+    load_reward(f"{program}:rate")
+    assert canary.exists()  # it does run where the user asks for it
