@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from formats.checkpoint import load_checkpoint
-from tests.lives import Run, Strike, differences, finetuning, pretraining, records
+from model.config import PRESETS
+from tests.lives import Run, Strike, differences, finetuning, pretrained, pretraining, records
 from tests.runs import log
 from training.distributed import Dist
 from training.exact import BinaryCounter, Exact, reversed_bits
+from training.plan import MemoryPlan, plan_memory
 from training.rng import seed_micro_batch
 from training.run_settings import TrainSettings
 from training.step_plan import plan_steps
@@ -122,10 +124,22 @@ def test_what_has_no_order_of_its_own_is_refused(world_size: int, changes: dict[
         plan_steps(TrainSettings(**values), 8, 1000, world_size)
 
 
+def test_the_plan_counts_the_sums_that_wait() -> None:
+    def plan(exact: bool, micro_batches: int, world_size: int) -> MemoryPlan:
+        how = TrainSettings(preset="tiny", batch_size=1, grad_accum_steps=micro_batches, exact=exact)
+        return plan_memory(how, PRESETS["tiny"], world_size=world_size)
+
+    for micro_batches, world_size, gradients in ((1, 1, 1), (2, 1, 2), (8, 1, 4), (1, 2, 2), (8, 2, 4)):
+        exact, plain = (plan(way, micro_batches, world_size) for way in (True, False))
+        assert exact.gradients == gradients * plain.gradients
+        earlier = int(math.log2(micro_batches))
+        assert exact.earlier_gradients == (earlier or 1) * plain.earlier_gradients
+
+
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 # 8 micro-batches a step, dropout 0.1 as the tiny settings have it, a gradient that is always clipped.
-STEP: dict[str, Any] = {"exact": True, "batch_size": 1, "total_batch_size": 1024, "max_steps": 5, "max_grad_norm": 0.1}
+STEP: dict[str, Any] = {"exact": True, "batch_size": 1, "total_batch_size": 1024, "max_steps": 5, "max_grad_norm": 0.01}
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "text": (pretraining, {}),
     "packed-records": (finetuning, {}),
@@ -138,6 +152,13 @@ SLOW: dict[str, tuple[Any, dict[str, Any]]] = {
     "bfloat16": (pretraining, {"dtype": "bfloat16"}),
     "float16-with-loss-scaler": (pretraining, {"dtype": "float16"}),
     "lora": (finetuning, {"finetune_method": "lora", "lora_r": 4}),
+    "qlora": (finetuning, {"finetune_method": "qlora", "lora_target_modules": ("all-linear",)}),
+    "adapter": (finetuning, {"finetune_method": "adapter", "adapter_dim": 8}),
+    "p-tuning": (
+        finetuning,
+        {"finetune_method": "p_tuning", "prefix_length": 8, "block_size": 120, "total_batch_size": 960},
+    ),
+    "distill": (finetuning, {"objective": "distill", "distill_hard": 0.2, "distill_hidden": 0.5}),
     "progressive": (finetuning, {"finetune_method": "progressive", "unfreeze_stages": 2}),
     "dpo": (finetuning, {"objective": "dpo", "finetune_method": "lora", "max_lr": 1e-2}),
     "grpo": (
@@ -155,6 +176,8 @@ SLOW: dict[str, tuple[Any, dict[str, Any]]] = {
 
 def lived(make: Any, folder: Path, ranks: int, **changes: Any) -> Run:
     """A whole run on so many processes."""
+    if changes.get("objective") == "distill":
+        changes["teacher"] = str(pretrained())
     run: Run = make(folder, **{**STEP, **changes})
     lives = run.live_together(ranks=ranks)
     assert [life.code for life in lives] == [0] * ranks, lives[0].describe()
@@ -171,8 +194,9 @@ def test_one_two_and_four_processes_end_with_the_same_bits(case: str, tmp_path: 
     make, changes = (CASES | SLOW)[case]
     one, two, four = (lived(make, tmp_path / f"{ranks}", ranks, **changes) for ranks in (1, 2, 4))
     assert not unlike(one, two) and not unlike(one, four)
-    losses = [record["loss"] for record in records(four.folder)]
-    assert len(set(losses)) == 5 and any("val_loss" in record for record in records(four.folder))
+    lines = records(four.folder)
+    assert len({line["loss"] for line in lines}) == 5 and any("val_loss" in line for line in lines)
+    assert max(line["grad_norm"] for line in lines) > 0.01, "nothing is clipped"
     assert (four.folder / "best.pt").exists()
     other = lived(make, tmp_path / "seed", 1, seed=2, **changes)
     found = unlike(one, other)

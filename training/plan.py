@@ -97,17 +97,18 @@ def plan_memory(settings: RunSettings, config: GPTConfig, device: str = "cpu", w
     if mixed:
         weights += 2 * sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     kept = _Kept(settings, model, device, mixed)
-    accumulates = _micro_batches(settings, config, world_size) > 1
+    earlier = _earlier_gradients(settings, config, world_size)
     head = 4 * model.head_weight.numel() if model.head_weight.requires_grad else 0
     pieces = min(chunk_rows(config.padded_vocab_size, device), kept.tokens) * config.padded_vocab_size * 4
     return MemoryPlan(
         weights=weights + _reference(settings, weights),
-        gradients=4 * trainable,
+        # With --exact, sums of micro-batches wait beside the one in the making, and ranks swap the last of them.
+        gradients=4 * trainable * (1 + max(earlier, int(world_size > 1)) if settings.exact else 1),
         optimizer=_optimizer_bytes(settings, model),
         activations=kept.activations(settings.gradient_checkpointing),
-        logits=max(pieces, kept.passing()) + 8 * kept.tokens * config.n_embd + (head if accumulates else 0),
+        logits=max(pieces, kept.passing()) + 8 * kept.tokens * config.n_embd + (head if earlier else 0),
         passing=kept.passing() + 8 * kept.tokens * config.n_embd,
-        earlier_gradients=4 * trainable if accumulates else head,
+        earlier_gradients=4 * trainable * earlier or head,
         saving=_saving(
             settings, 4 * (trainable if _adapts(settings) else total) + _optimizer_bytes(settings, model), device
         ),
@@ -278,6 +279,12 @@ def _micro_batches(settings: RunSettings, config: GPTConfig, world_size: int) ->
         return settings.grad_accum_steps
     tokens = settings.batch_size * min(settings.block_size, config.block_size) * world_size
     return settings.total_batch_size // tokens
+
+
+def _earlier_gradients(settings: RunSettings, config: GPTConfig, world_size: int) -> int:
+    """How many gradients of micro-batches before are there when the last one begins."""
+    count = max(1, _micro_batches(settings, config, world_size))
+    return count.bit_length() - 1 if settings.exact else int(count > 1)
 
 
 def _optimizer_bytes(settings: RunSettings, model: GPT) -> int:
