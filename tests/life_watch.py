@@ -11,6 +11,7 @@ import random
 import re
 import signal
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -44,14 +45,16 @@ class BlackBox:
     def __init__(self) -> None:
         self.memory = mmap.mmap(-1, BOX_BYTES)
         self.length = memoryview(self.memory)[:8].cast("q")
+        self._turn = threading.Lock()  # a checkpoint may be written by a thread
 
     def note(self, event: str) -> None:
         """Text first, length after: an event is there once it is whole."""
         line = event.encode() + b"\n"
-        start = 8 + self.length[0]
-        assert start + len(line) <= BOX_BYTES, "this life has more events than the box holds"
-        self.memory[start : start + len(line)] = line
-        self.length[0] += len(line)
+        with self._turn:
+            start = 8 + self.length[0]
+            assert start + len(line) <= BOX_BYTES, "this life has more events than the box holds"
+            self.memory[start : start + len(line)] = line
+            self.length[0] += len(line)
 
     def events(self) -> list[str]:
         return self.memory[8 : 8 + self.length[0]].decode().splitlines()
@@ -185,12 +188,12 @@ def watch_training(watch: Watch, draws: bool) -> None:
         watch.event("begin", self.progress.step)
         return real_run(self)
 
-    def micro_step(self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def micro_step(self: Any, number: int, batch: Any, *args: Any, **kwargs: Any) -> Any:
         watch.event("micro", f"{self.progress.step + 1}:{batch.samples[0]}")
         if draws:
             np.random.random()
             random.random()
-        return real_micro(self, batch, *args, **kwargs)
+        return real_micro(self, number, batch, *args, **kwargs)
 
     def count(self: Any, step: int, done: Any) -> None:
         watch.step = str(step)

@@ -14,10 +14,12 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from training.peers import PeersLost, die_with_launcher
 from training.wire import pack, unpack
 
 # A peer that died or hangs is noticed after this long (NCCL's own default is 10 minutes).
 TIMEOUT = timedelta(minutes=5)
+MIN_TIMEOUT_S = 5  # each beats once a second: some must be missed before one counts as gone
 PIECE = 64 << 20  # bytes of a tensor that are sent at once
 
 T = TypeVar("T")
@@ -157,11 +159,14 @@ def _rounded_sum(values: list[float]) -> float:
     return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
 
 
-def setup_distributed(device: str = "auto") -> Dist:
-    """Join the process group that torchrun describes, if any; gloo on a CPU, NCCL on GPUs.
+def setup_distributed(device: str = "auto", timeout_s: float = TIMEOUT.total_seconds()) -> Dist:
+    """Join the process group that torchrun describes, if any; gloo on a CPU, NCCL on GPUs. The others are waited for at
+    least five minutes, since some machines start late; `timeout_s` is that of later exchanges (see watch_peers.py).
 
-    Raises ValueError for a device that is not here.
+    Raises ValueError for a device that is not here, PeersLost where the processes do not come together.
     """
+    if not timeout_s >= MIN_TIMEOUT_S:
+        raise ValueError(f"--dist_timeout {timeout_s:g}: expected at least {MIN_TIMEOUT_S} seconds")
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     chosen = choose_device(device, local_rank)
@@ -169,9 +174,17 @@ def setup_distributed(device: str = "auto") -> Dist:
         return Dist(device=chosen)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
-    control = dist.new_group(backend="gloo", timeout=TIMEOUT) if chosen.type == "cuda" else dist.group.WORLD
+    die_with_launcher()
+    wait = max(TIMEOUT, timedelta(seconds=timeout_s))
+    try:
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=wait)
+        control = dist.new_group(backend="gloo", timeout=wait) if chosen.type == "cuda" else dist.group.WORLD
+    except dist.DistError as error:
+        raise PeersLost(
+            f"rank {rank} of {world_size} did not find the others within {wait.total_seconds():.0f} s: "
+            f"{' '.join(str(error).split())[:300]}. Are all started, with the same rendezvous?"
+        ) from error
     return Dist(rank, local_rank, world_size, chosen, control)
 
 

@@ -180,6 +180,16 @@ class RunFolder:
         hint = hint if after_step is None else ""
         say(f"{self.path} held {what}: moved to {aside} ({len(files)} files){hint}.")
 
+    def how_to_go_on(self, here: bool) -> str:
+        """For whoever reads that the run was broken off: what is saved, and how to use it. `here`: on this disk."""
+        resume = "the same command with --auto_resume goes on from there"
+        if not here:
+            return f"What is saved is in {self.path} on the machine of rank 0: {resume}"
+        steps = [step for step, _ in self.checkpoints()]
+        if not steps:
+            return f"No checkpoint is in {self.path} yet: the same command starts anew"
+        return f"Saved up to step {steps[0]} in {self.path}: {resume}"
+
     def _best_step(self) -> int:
         """The step of best.pt, -1 where there is none that can be read."""
         try:
@@ -192,3 +202,9 @@ class RunFolder:
         data = json.dumps({"state": state, **more}).encode() + b"\n"
         write_durably(self.path / "status.json", lambda file: file.writelines([data]))
         self._running = state == "running"
+
+    def fail(self, reason: str) -> None:
+        """The status of a run that is broken off, if one was running here."""
+        if self._running:
+            with contextlib.suppress(OSError):  # the reason is said besides
+                self.write_status("failed", reason=reason)

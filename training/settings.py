@@ -22,6 +22,7 @@ import tyro
 import yaml
 
 from training.aliases import ALIASES, CHOICES, IMPLIED, SECTIONS
+from training.peers import PeersLost
 
 S = TypeVar("S")
 
@@ -357,13 +358,20 @@ def run_script(
     argv: Sequence[str] | None = None,
     positionals: Sequence[str] = (),
 ) -> None:
-    """Parse, run, and turn a user's mistake into one line and exit code 2 (ESPALIER_DEBUG=1 shows the traceback).
+    """Parse, run, and turn a user's mistake into one line and exit code 2 (ESPALIER_DEBUG=1 shows the traceback), the
+    loss of another process into one line and exit code 1.
 
     `positionals`: the settings that leading words without a flag set, in this order.
     """
     try:
         words = _name_positionals(sys.argv[1:] if argv is None else argv, positionals)
         main(parse(cls, words, description=description))
+    except PeersLost as error:
+        if os.environ.get("ESPALIER_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # what still waits for a process that is gone must not keep this one
     except (ValueError, OSError) as error:
         if os.environ.get("ESPALIER_DEBUG"):
             raise
