@@ -31,7 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": {"load_best_model_at_end": True},
     "lora": {"finetune_method": "lora", "lora_r": 4, "lora_dropout": 0.0},
     "distill": {"objective": "distill", "teacher": "teacher.pt"},
-    "dpo": {"objective": "dpo", "data_dir": "pairs"},
+    "dpo": {"objective": "dpo", "data_dir": "pairs", "max_lr": 1e-3},
 }
 
 

@@ -14,6 +14,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from training.meeting import own_store
 from training.peers import PeersLost, die_with_launcher
 from training.wire import pack, unpack
 
@@ -178,7 +179,8 @@ def setup_distributed(device: str = "auto", timeout_s: float = TIMEOUT.total_sec
     wait = max(TIMEOUT, timedelta(seconds=timeout_s))
     try:
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=wait)
+            backend, store = "nccl" if chosen.type == "cuda" else "gloo", own_store(rank, world_size, wait)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
         control = dist.new_group(backend="gloo", timeout=wait) if chosen.type == "cuda" else dist.group.WORLD
     except dist.DistError as error:
         raise PeersLost(
