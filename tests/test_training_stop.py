@@ -222,12 +222,19 @@ def test_all_processes_stop_at_the_same_step_when_one_gets_the_signal(whole_of_t
     assert not differences(run.folder, whole_of_two_ranks.folder)
 
 
-def test_a_process_that_is_killed_ends_the_others_and_harms_nothing(whole_of_two_ranks: Run, tmp_path: Path) -> None:
+def test_a_process_that_is_killed_ends_the_others_by_name_and_harms_nothing(
+    whole_of_two_ranks: Run, tmp_path: Path
+) -> None:
     run = two_ranks(tmp_path / "run")
     for moment, rank in (("micro 4:*", 1), ("write model_00006.pt@6", 0)):
         lives = run.live_together(Strike(moment, rank=rank), ranks=2)
         assert lives[rank].killed and lives[1 - rank].code == 1
-        assert run.newest == 3
+        error = lives[1 - rank].log.read_text().splitlines()[-1]
+        assert f"rank {rank} (host {os.uname().nodename}, pid {lives[rank].pid}) is gone" in error
+        assert f"Saved up to step 3 in {run.folder}: the same command with --auto_resume goes on from there" in error
+        assert f"pid {lives[1 - rank].pid}" not in error
+        assert run.status()["state"] == ("failed" if rank == 1 else "running"), "a killed process cannot say so"
+        assert run.newest == 3, "nothing is saved after an exchange failed"
         assert not checkpoint_differences(run.checkpoint(3), whole_of_two_ranks.checkpoint(3))
     assert [life.code for life in run.live_together(ranks=2)] == [0, 0]
     assert not differences(run.folder, whole_of_two_ranks.folder)
