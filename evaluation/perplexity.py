@@ -230,7 +230,7 @@ def mean_loss(model: GPT, batches: Iterable[Batch]) -> tuple[float, int]:
     loss_sum, tokens = 0.0, 0
     with evaluating(model):
         for batch in batches:
-            here = batch.to(model.wte.weight.device)
+            here = batch.to(model.device)
             loss_sum += float(model(here.inputs, here.targets, positions=here.positions, doc_ids=here.doc_ids))
             tokens += batch.supervised
     return loss_sum, tokens

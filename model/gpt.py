@@ -102,6 +102,7 @@ class GPT(nn.Module):
         self.gradient_checkpointing = False  # recompute each block in backward: less memory, about 4/3 of the time
         self.prompt: nn.Module | None = None  # trained context in front of every text, see prompt_methods.py
         self.head: nn.Module | None = None  # in place of the head's matrix for logits, see quantize.py
+        self.computes_on: torch.device | None = None  # where weights come for their turn, if they lie elsewhere
         self.masks: Masks = {}  # of a pruned model: what every change of its weights keeps at zero
         self.context_length = config.block_size  # of a text, in tokens; what the prompt takes of it is not in it
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
@@ -127,6 +128,11 @@ class GPT(nn.Module):
                 nn.init.ones_(module.weight)
             if isinstance(getattr(module, "bias", None), Tensor):
                 nn.init.zeros_(module.bias)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.computes_on or self.wte.weight.device
 
     @property
     def head_weight(self) -> Tensor:

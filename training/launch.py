@@ -23,7 +23,8 @@ from training.network import Network, build_network
 from training.objectives.build import build_objective
 from training.objectives.objective import Objective
 from training.optimizer import build_optimizers, load_optimizer_state
-from training.parallel import choose_parallel
+from training.parallel import Parallel, check_parallel, choose_parallel, is_spread, stop_of_all
+from training.peers import PeersLost
 from training.plan_report import OutOfMemory, out_of_memory, show_plan
 from training.progress import Progress
 from training.recorder import Abandoned, Recorder, Watch
@@ -118,7 +119,8 @@ class _Run:
         data = open_data(self.settings, self.here, start)
         train_set, val_set, self.tokenizer, self.template = data.train, data.val, data.tokenizer, data.template
         network = build_network(self.settings, self.here, start, train_set, self.folder.path, self.say)
-        model = network.model.to(self.here.device)
+        spread = is_spread(self.settings, self.here.world_size)  # then it comes to the device in parts
+        model = network.model if spread else network.model.to(self.here.device)
         model.masks = {name: mask.to(self.here.device) for name, mask in model.masks.items()}
         objective = self._objective(start, network)
         plan, loader = self._plan(start, train_set, model, objective)
@@ -126,8 +128,8 @@ class _Run:
         unfreezing = self._unfreezing(model, plan)
         self._claim_folder(start, progress, plan)
         runtime = self._runtime()
-        parallel = choose_parallel(self.here, model)
-        optimizers = self._optimizers(network, start, unfreezing, progress)
+        parallel = choose_parallel(self.settings, self.here, model, objective.beside, runtime)
+        optimizers = self._optimizers(network, parallel, start, unfreezing, progress)
         scaler = torch.amp.GradScaler(self.here.device.type, enabled=runtime.dtype is torch.float16)
         if start.resumes and start.payload and start.payload["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(start.payload["scaler"])
@@ -145,6 +147,7 @@ class _Run:
             self.settings.async_save,
         )
         if start.in_folder and progress.finished_step:
+        check_parallel(self.settings, self.here.world_size)
             saver.saved_step = progress.step
         loggers = open_loggers(self.settings, self.folder.path, progress) if self.here.is_main else []
         recorder = Recorder(
@@ -178,7 +181,7 @@ class _Run:
         stops = stop_ids(self.template, self.tokenizer)
         where = self.folder.path
         objective, entries = build_objective(
-            self.settings, self.here, start, network.model, self.tokenizer, stops, where, self.stop
+            self.settings, self.here, start, network.model, self.tokenizer, stops, where, stop
         )
         network.about |= entries
         return objective
@@ -199,6 +202,7 @@ class _Run:
             unit=objective.unit,
         )
         state = start.payload if start.resumes else None
+            parallel.close()
         windows, processes = loader.windows_per_epoch, self.here.world_size
         plan = plan_steps(settings, block_size, windows, processes, kept_windows(settings, state))
         note_batch(plan, state, self.say)
@@ -207,6 +211,7 @@ class _Run:
     def _progress(self, start: Start, loader: Loader) -> Progress:
         """What the run remembers; the loader stands where the checkpoint left it."""
         if not start.resumes or start.payload is None:
+        stop = stop_of_all(self.settings, self.here, self.stop)
             return Progress()
         loader.load_state(start.payload["train_loader_state"])
         return Progress.from_dict(start.payload["progress"])
@@ -235,7 +240,12 @@ class _Run:
         return Unfreezing(model, settings.unfreeze_stages, plan.max_steps)
 
     def _optimizers(
-        self, network: Network, start: Start, unfreezing: Unfreezing | None, progress: Progress
+        self,
+        network: Network,
+        parallel: Parallel,
+        start: Start,
+        unfreezing: Unfreezing | None,
+        progress: Progress,
     ) -> dict[str, torch.optim.Optimizer]:
         settings, model = self.settings, network.model
         optimizers = build_optimizers(
@@ -250,7 +260,8 @@ class _Run:
         if unfreezing is not None and progress.step >= 0:
             unfreezing.begin(progress.step)  # what has not trained yet has no state to load
         if start.resumes and start.payload is not None:
-            load_optimizer_state(model, optimizers, start.payload.pop("optimizer"))  # it would stay in memory
+            saved = start.payload.pop("optimizer")  # it would stay in memory
+            load_optimizer_state(model, optimizers, saved, parallel)
         return optimizers
 
     def _about(self, network: Network) -> dict[str, Any]:
@@ -281,10 +292,11 @@ class _Run:
         batch = loader.next_batch()
         loader.load_state(state)
         with trainer.runtime.autocast():
-            found = trainer.objective.evaluate([batch])
-        if found is None:  # a stop was asked for
+            found = trainer.objective.evaluate(trainer.parallel.in_step(iter([batch]), self.stop))
+        if found is None or not found[1]:  # a stop was asked for
             return
         loss_sum, count, _ = found
+            placement=parallel,
         mean = loss_sum / max(1, count)
         if not math.isfinite(mean):
             raise ValueError(f"the first batch gives a loss of {mean}: the weights are damaged, or dtype is too narrow")

@@ -278,7 +278,8 @@ class Trainer:
             self._see_validation(validation)
         samples = plan.generate_every > 0 and plan.due(plan.generate_every, step)
         if samples:
-            self.recorder.sample(step, self.model, self.stop)
+            with self.parallel.gathered():
+                self.recorder.sample(step, self.model, self.stop)
             if self._should_stop():
                 return self._stopped()
         progress.finished_step = True

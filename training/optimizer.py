@@ -17,6 +17,27 @@ from training.muon import Float32Muon
 State = dict[str, dict[str, dict[str, Any]]]
 
 
+class Placement:
+    """Where the state of optimizers lies: here, all of it, in whole tensors. Processes may share it otherwise."""
+
+    def make(
+        self, kind: type[torch.optim.Optimizer], groups: list[dict[str, Any]], **options: Any
+    ) -> torch.optim.Optimizer:
+        """An optimizer of class `kind` on these parameter groups."""
+        return kind(groups, **options)
+
+    def part(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """What holds this process's share of an optimizer's state."""
+        return optimizer
+
+    def place(self, value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+        """A copy of a whole tensor of the state, or of its share, beside its parameter (a mapped file stays so)."""
+        return value.to(parameter.device, copy=True)
+
+
+HERE = Placement()
+
+
 def build_optimizers(
     model: nn.Module,
     kind: str,
@@ -26,6 +47,7 @@ def build_optimizers(
     weight_decay: float,
     fused: bool,
     lr_scales: Mapping[str, float] | None = None,
+    placement: Placement = HERE,
 ) -> dict[str, torch.optim.Optimizer]:
     """AdamW on everything, or Muon on the blocks' matrices and AdamW on the rest; learning rates are set each step.
 
@@ -46,12 +68,12 @@ def build_optimizers(
         vectors = {name: p for name, p in rest.items() if p.ndim < 2}
         groups = [*_groups(matrices, scales, weight_decay), *_groups(vectors, scales, 0.0)]
         # One fused kernel per step in place of a dozen per tensor: 3-4x on a CPU.
-        optimizers["adamw"] = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=fused)
+        optimizers["adamw"] = placement.make(torch.optim.AdamW, groups, lr=0.0, betas=betas, eps=eps, fused=fused)
     if hidden:
         on_cpu = all(parameter.device.type == "cpu" for parameter in hidden.values())
-        optimizers["muon"] = (Float32Muon if on_cpu else torch.optim.Muon)(
-            _groups(hidden, scales, weight_decay), lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+        groups = _groups(hidden, scales, weight_decay)
+        options: dict[str, Any] = {"weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers["muon"] = placement.make(Float32Muon if on_cpu else torch.optim.Muon, groups, lr=0.0, **options)
     return optimizers
 
 
@@ -70,17 +92,24 @@ def set_learning_rate(optimizers: dict[str, torch.optim.Optimizer], lr: float) -
             group["lr"] = lr * group["lr_scale"]
 
 
-def optimizer_state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> State:
-    """The live state under parameter names (not copied)."""
+def optimizer_state(
+    model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], placement: Placement = HERE
+) -> State:
+    """The live state under parameter names (not copied): this process's share of it."""
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        kind: {names[parameter]: dict(state) for parameter, state in optimizer.state.items()}
+        kind: {names[parameter]: dict(state) for parameter, state in placement.part(optimizer).state.items()}
         for kind, optimizer in optimizers.items()
     }
 
 
-def load_optimizer_state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], saved: State) -> None:
-    """Copy a saved state into fresh optimizers.
+def load_optimizer_state(
+    model: nn.Module,
+    optimizers: dict[str, torch.optim.Optimizer],
+    saved: State,
+    placement: Placement = HERE,
+) -> None:
+    """Copy a saved state, or this process's share of it, into fresh optimizers.
 
     Raises ValueError when it belongs to another optimizer or lacks a parameter that is trained here.
     """
@@ -91,7 +120,8 @@ def load_optimizer_state(model: nn.Module, optimizers: dict[str, torch.optim.Opt
         )
     parameters = dict(model.named_parameters())
     for kind, optimizer in optimizers.items():
-        own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        own, part = _parameters(optimizer), placement.part(optimizer)
+        held = _parameters(part)
         for name, parameter in parameters.items():
             if parameter not in own:
                 continue
@@ -103,9 +133,12 @@ def load_optimizer_state(model: nn.Module, optimizers: dict[str, torch.optim.Opt
                 if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape:
                     found, wanted = tuple(value.shape), tuple(parameter.shape)
                     raise ValueError(f"the checkpoint's {kind} state of {name}: {key} has shape {found}, not {wanted}")
-            optimizer.state[parameter] = {key: _place(value, parameter) for key, value in saved[kind][name].items()}
+            if parameter in held:
+                part.state[parameter] = {
+                    key: placement.place(value, parameter) if isinstance(value, torch.Tensor) else value
+                    for key, value in saved[kind][name].items()
+                }
 
 
-def _place(value: Any, parameter: nn.Parameter) -> Any:
-    """A copy of one state value on the parameter's device (the mapped file must not be written to)."""
-    return value.to(parameter.device, copy=True) if isinstance(value, torch.Tensor) else value
+def _parameters(optimizer: torch.optim.Optimizer) -> set[torch.Tensor]:
+    return {parameter for group in optimizer.param_groups for parameter in group["params"]}

@@ -7,18 +7,25 @@ checkpoint holds. Nothing else in the project knows how many processes there are
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from data.loader import Batch
 from model.gpt import GPT
 from model.masks import apply_masks_, mask_gradients_, trained_masks
 from training.distributed import Dist
+from training.optimizer import Placement
+from training.run_settings import RunSettings
+from training.runtime import Runtime
+from training.stop import StopRequest
 
 
-class Parallel:
+class Parallel(Placement):
     """One process has it all. The base of the others, which change what is different with them.
 
     `network` is what a loss goes through. `gradient_scale` is what the loss of a micro-batch is multiplied by so that
@@ -26,6 +33,7 @@ class Parallel:
     """
 
     gradient_scale = 1.0
+    copies = False  # whether what `whole` gives is there for nobody else
 
     def __init__(self, here: Dist, model: GPT) -> None:
         self.here, self.model = here, model
@@ -37,6 +45,10 @@ class Parallel:
 
     def wrap(self) -> None:
         """Make `network` of the model; once more each time that other parameters train than before."""
+
+    def local(self, weight: Tensor) -> Tensor:
+        """What this process has of a weight."""
+        return weight
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -70,6 +82,17 @@ class Parallel:
         """After the optimizers' step, the gradients still there: Muon makes every number of a matrix move."""
         apply_masks_(self.model, trained_masks(self.model, self.model.masks))
 
+    # -- between steps -----------------------------------------------------------------------------------------------
+
+    def in_step(self, batches: Iterator[Batch], stop: StopRequest) -> Iterator[Batch]:
+        """The batches of an evaluation, until a stop is asked for."""
+        return takewhile(lambda _: not stop.requested, batches)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside, one process alone may use the model. Every process enters and leaves."""
+        yield
+
     # -- a checkpoint ------------------------------------------------------------------------------------------------
 
     def whole(self, nest: dict[str, Any]) -> dict[str, Any]:
@@ -78,6 +101,10 @@ class Parallel:
         What is not spread is not copied.
         """
         return nest
+
+
+    def close(self) -> None:
+        """After the run."""
 
 
 class DataParallel(Parallel):
@@ -102,6 +129,58 @@ class DataParallel(Parallel):
         self.network.require_backward_grad_sync = last
 
 
-def choose_parallel(here: Dist, model: GPT) -> Parallel:
-    """The strategy of a run."""
-    return Parallel(here, model) if here.world_size == 1 else DataParallel(here, model)
+def check_parallel(settings: RunSettings, world_size: int) -> None:
+    """Raises ValueError for what a strategy can not do."""
+    if settings.cpu_offload and settings.parallel != "fsdp":
+        raise ValueError(f"--cpu_offload: --parallel {settings.parallel} keeps weights where they compute; add fsdp")
+    if not is_spread(settings, world_size):
+        return
+    if getattr(settings, "objective", "sft") == "grpo":
+        raise ValueError(
+            "--parallel fsdp: with --objective grpo each process generates at its own pace, and spread weights need "
+            "all of them at each token: use --parallel zero1"
+        )
+    if getattr(settings, "finetune_method", "full") == "p_tuning":
+        raise ValueError(
+            "--parallel fsdp: with --finetune_method p_tuning keys and values leave the blocks where their weights "
+            "are given up again: use --finetune_method prefix, or --parallel ddp"
+        )
+    if settings.optimizer == "muon":
+        raise ValueError(
+            "--parallel fsdp: Muon orthogonalises whole matrices, of which each process has some rows: use "
+            "--parallel zero1, or --optimizer adamw"
+        )
+
+
+def is_spread(settings: RunSettings, world_size: int) -> bool:
+    """Whether no process has the whole network. One process has it, unless its weights stay in host memory."""
+    return settings.parallel == "fsdp" and (world_size > 1 or settings.cpu_offload)
+
+
+def stop_of_all(settings: RunSettings, here: Dist, stop: StopRequest) -> StopRequest:
+    """What an objective asks between forwards: where the network is spread, all processes leave at the same one."""
+    if not is_spread(settings, here.world_size):
+        return stop
+    from training.fsdp import AgreedStop
+
+    return AgreedStop(stop, here)
+
+
+def choose_parallel(settings: RunSettings, here: Dist, model: GPT, beside: GPT | None, runtime: Runtime) -> Parallel:
+    """The strategy of a run; `beside` is a frozen network that its objective compares with, if one does."""
+    if is_spread(settings, here.world_size):
+        from training.fsdp import FullySharded  # it takes 0.3 s to import, and knows this module
+
+        return FullySharded(here, model, beside, runtime, settings.cpu_offload)
+    if settings.exact:
+        from training.exact import Exact, ExactShared
+
+        shares = settings.parallel == "zero1" and here.world_size > 1
+        return (ExactShared if shares else Exact)(here, model)
+    if here.world_size == 1:
+        return Parallel(here, model)
+    if settings.parallel == "zero1":
+        from training.zero import SharedOptimizer
+
+        return SharedOptimizer(here, model)
+    return DataParallel(here, model)

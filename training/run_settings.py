@@ -118,6 +118,10 @@ class RunSettings:
     """Recompute each block in the backward pass: less memory, about a third more time."""
     plan: bool = False
     """Print what the run will take in memory and what would save how much, and stop: nothing is loaded."""
+    parallel: Literal["ddp", "zero1", "fsdp"] = "ddp"
+    """What the processes share out: the data; zero1: the optimizer's state too; fsdp: weights and gradients as well."""
+    cpu_offload: bool = False
+    """With --parallel fsdp: weights and optimizer state stay in host memory, blocks come to the GPU for their turn."""
     wandb: bool = False
     """Log to Weights & Biases too (WANDB_MODE=offline needs no account)."""
     wandb_project: str = "espalier"

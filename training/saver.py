@@ -143,7 +143,7 @@ class Saver:
         path = self.folder.checkpoint_path(step)
         large = payload_bytes(payload) >= LARGE
         if may_go_on and (self.async_save == "on" or (self.async_save == "auto" and large)):
-            copied = self._copies.of(payload)
+            copied = payload if self.parallel.copies else self._copies.of(payload)
             self._background.start(lambda: self._write_file(path, copied))
         else:
             self._write_file(path, payload)
@@ -185,7 +185,9 @@ class Saver:
 
     def _finite(self) -> bool:
         """Whether all weights of all processes are."""
-        finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
+        finite = all(
+            bool(torch.isfinite(self.parallel.local(parameter)).all()) for parameter in self.model.parameters()
+        )
         (broken,) = self.here.max(float(not finite))
         return not broken
 
@@ -200,7 +202,7 @@ class Saver:
         """A full checkpoint: everything that the next step depends on."""
         return {
             **self._weights(),
-            "optimizer": optimizer_state(self.model, self.optimizers),
+            "optimizer": optimizer_state(self.model, self.optimizers, self.parallel),
             "scaler": self.scaler.state_dict(),
             "step": self._progress.step,
             "val_loss": self._progress.val_loss,

@@ -43,6 +43,7 @@ class Distillation:
                 raise ValueError(f"--{flag} {getattr(settings, flag)}: expected {span}")
         self.hard, self.hidden = settings.distill_hard, settings.distill_hidden
         self.model, self.teacher, self.name = model, teacher, name
+        self.beside = teacher
         if self.hidden:
             _check_streams(model, teacher, name)
         more = ("distill/hidden",) if self.hidden else ()
@@ -68,10 +69,10 @@ class Distillation:
 
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Sums]:
         """Nats, summed over the supervised tokens; a distance of streams counts as so many nats."""
-        batch = batch.to(self.model.wte.weight.device)
+        batch = batch.to(self.model.device)
         how: dict[str, Any] = {"positions": batch.positions, "doc_ids": batch.doc_ids}
         with streams(self.teacher, self.hidden > 0) as theirs, torch.no_grad():
-            self._theirs = self.teacher.hidden(batch.inputs, **how)
+            self._theirs = self.teacher(batch.inputs, criterion=lambda hidden, head: (hidden, head), **how)
         self._batch = batch
         with streams(self.model, self.hidden > 0) as ours:
             loss = network(batch.inputs, criterion=self._criterion, **how)

@@ -52,6 +52,7 @@ class DPO:
         if settings.dpo_loss == "ipo" and settings.label_smoothing:
             raise ValueError("--label_smoothing has no meaning with --dpo_loss ipo: leave it out")
         self.model, self.reference, self.stop = model, reference, stop
+        self.beside = reference.frozen
         self.beta, self.kind, self.smoothing = settings.dpo_beta, settings.dpo_loss, settings.label_smoothing
 
     def describe(self) -> str:
@@ -101,10 +102,12 @@ class DPO:
         for batch in batches:
             pairs = self._with_reference(batch)
             loss, metrics = self.loss(self.model, pairs)
+            if not pairs.samples:  # blank: another process had a batch
+                continue
             loss_sum, count = loss_sum + float(loss), count + self.count(pairs)
             sums = {name: sums[name] + float(metrics[name]) for name in self.metrics}
         return loss_sum, count, sums
 
     def _with_reference(self, batch: Batch) -> Pairs:
-        batch = batch.to(self.model.wte.weight.device)
+        batch = batch.to(self.model.device)
         return Pairs(batch, -self.reference.losses(batch.inputs, batch.targets).sum(1))

@@ -69,6 +69,7 @@ class GRPO:
     ) -> None:
         _check(settings)
         self.model, self.reference, self.tokenizer, self.stop = model, reference, tokenizer, stop
+        self.beside = reference.frozen if reference is not None else None
         self.stop_ids, self.seed, self.group = tuple(stop_ids), settings.seed, settings.grpo_group
         self.updates, self.new_tokens = settings.grpo_epochs, settings.grpo_max_new_tokens
         self.clip, self.beta, self.temperature = settings.grpo_clip, settings.grpo_beta, settings.grpo_temperature

@@ -26,6 +26,7 @@ class Objective(Protocol):
     metrics: tuple[str, ...]
     updates: int  # optimizer updates from the same micro-batches
     dropout: bool  # whether the network drops out while it trains
+    beside: GPT | None  # a frozen network that it compares with
     new_tokens: int  # room that a sample leaves in the context for what is generated
 
     def describe(self) -> str | None:
@@ -54,6 +55,7 @@ class Supervised:
     counts = "supervised_tokens"
     metrics: tuple[str, ...] = ()
     updates, dropout, new_tokens = 1, True, 0
+    beside = None
 
     def __init__(self, model: GPT) -> None:
         self.model = model
@@ -71,7 +73,7 @@ class Supervised:
 
     def loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Sums]:
         """Nats, summed over the supervised tokens."""
-        batch = batch.to(self.model.wte.weight.device)
+        batch = batch.to(self.model.device)
         return network(batch.inputs, batch.targets, positions=batch.positions, doc_ids=batch.doc_ids), {}
 
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int, Sums]:

@@ -1,0 +1,134 @@
+"""What test_training_parallel.py launches under torchrun: the same work under each way of spreading a network.
+
+    torchrun --standalone --nproc_per_node 2 tests/parallel_processes.py FOLDER
+
+FOLDER holds data sets and models, and gets a folder CASE-WAY of each run, and what each process held in held-RANK.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from tests.runs import BARE, train, tune
+from training.loop import Trainer
+
+# One process takes 4 micro-batches of one window a step, two take 2 each. No dropout: each process draws its own.
+STEP: dict[str, Any] = {"batch_size": 1, "total_batch_size": 512, "max_steps": 5, "dropout": 0.0, "max_lr": 1e-2}
+STEP |= {**BARE, "lr_schedule": "constant", "dist_timeout": 30}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run: its data set, the model it starts from (None: random weights), its settings, and the ways to spread it."""
+
+    data: str
+    start: str | None
+    settings: dict[str, Any] = field(default_factory=dict)
+    ways: tuple[str, ...] = ("fsdp",)
+
+
+# All that happens between steps: 12 windows of validation make an unequal number of batches of 5.
+BUSY: dict[str, Any] = {"eval_interval": 2, "eval_batch_size": 5, "generate_interval": 3, "checkpoint_interval": 2}
+BUSY |= {"packing": False, "load_best_model_at_end": True, "async_save": "on"}
+LORA: dict[str, Any] = {"finetune_method": "lora", "lora_r": 4, "lora_dropout": 0.0, "use_dora": True}
+PROGRESSIVE: dict[str, Any] = {"finetune_method": "progressive", "unfreeze_stages": 2, "layer_lr_decay": 0.5}
+PAIRS: dict[str, Any] = {"objective": "dpo", "max_lr": 1e-3}
+DISTILL: dict[str, Any] = {"objective": "distill", "distill_hard": 0.2, "distill_hidden": 0.5}
+
+CASES = {
+    "full": Case("records", "model", BUSY, ("ddp", "zero1", "fsdp")),
+    "pretrain": Case("text", None, {"gradient_checkpointing": True}, ("zero1", "fsdp")),
+    "odd": Case("text", "odd", {"optimizer": "adamw"}),
+    "lora": Case("records", "model", {**LORA, **BUSY}, ("zero1", "fsdp")),
+    "lora_plus": Case("records", "model", {**LORA, "use_dora": False, "lora_plus_ratio": 4.0}, ("ddp", "zero1")),
+    "progressive": Case("records", "model", PROGRESSIVE, ("ddp", "zero1", "fsdp")),
+    "masked": Case("records", "pruned", {}, ("zero1", "fsdp")),
+    "muon": Case("records", "pruned", {"optimizer": "muon"}, ("ddp", "zero1")),
+    "masked_lora": Case("records", "pruned", LORA),
+    "dpo": Case("pairs", "model", {**PAIRS, "eval_interval": 2, "eval_batch_size": 1}, ("zero1", "fsdp")),
+    "dpo_lora": Case("pairs", "model", {**PAIRS, **LORA, "eval_interval": 2, "eval_batch_size": 1}),
+    "distill": Case("records", "pruned", DISTILL),
+    "offload": Case("records", "model", {"cpu_offload": True, "gradient_checkpointing": True}),
+    "freeze": Case("records", "model", {"finetune_method": "freeze", "train_layers": 1}),
+    "qlora": Case("records", "model", {"finetune_method": "qlora", "lora_dropout": 0.0}),
+    "adapter": Case("records", "model", {"finetune_method": "adapter", "adapter_dropout": 0.0}),
+    "prefix": Case("records", "model", {"finetune_method": "prefix", "prefix_length": 4}),
+    "bf16": Case("records", "model", {"dtype": "bfloat16", "generate_interval": 3}, ("ddp", "fsdp")),
+}
+
+
+def run(folder: Path, name: str, to: Path, **changes: Any) -> dict[str, Any]:
+    """One case, with its records and checkpoints in the folder `to`."""
+    case = CASES[name]
+    settings = {**STEP, **case.settings, **changes}
+    if case.settings.get("objective") == "distill":
+        settings["teacher"] = str(folder / "model.pt")
+    if case.start is None:
+        return train(folder / case.data, to, **settings)
+    return tune(folder / case.data, to, folder / f"{case.start}.pt", **settings)
+
+
+@contextmanager
+def spied_trainers() -> Iterator[list[Trainer]]:
+    """The trainers of the runs inside."""
+    seen: list[Trainer] = []
+
+    class Spy(Trainer):
+        def __init__(self, *args: Any, **more: Any) -> None:
+            super().__init__(*args, **more)
+            seen.append(self)
+
+    with mock.patch("training.launch.Trainer", Spy):
+        yield seen
+
+
+def held(trainer: Trainer) -> dict[str, int]:
+    """Bytes of parameters and of optimizer state that this process has."""
+    parallel = trainer.parallel
+    states = [parallel.part(optimizer).state for optimizer in trainer.optimizers.values()]
+    numbers = [value for state in states for values in state.values() for value in values.values() if value.ndim]
+    tensors = {"parameters": trainer.model.parameters(), "optimizer": numbers}
+    return {
+        name: sum(parallel.local(tensor).numel() * tensor.element_size() for tensor in each)
+        for name, each in tensors.items()
+    }
+
+
+def relay(folder: Path) -> None:
+    """Two processes carry a run on, from one way to another: ddp, then fsdp, then zero1."""
+    for way, steps in (("ddp", 2), ("fsdp", 4), ("zero1", 7)):
+        run(folder, "odd", folder / "relay", parallel=way, max_steps=steps, auto_resume=True, checkpoint_interval=1)
+
+
+def main(folder: Path) -> None:
+    rank, found = int(os.environ.get("RANK", 0)), {}
+    only = sys.argv[2:]
+    for name, case in CASES.items():
+        for way in case.ways:
+            if only and f"{name}-{way}" not in only:
+                continue
+            with spied_trainers() as trainers:
+                run(folder, name, folder / f"{name}-{way}", parallel=way)
+            found[f"{name}-{way}"] = held(trainers[-1])
+    (folder / f"held-{rank}.json").write_text(json.dumps(found))
+    if not only or "relay" in only:
+        relay(folder)
+
+
+if __name__ == "__main__":
+    # One process group serves all runs: the store of torchrun does not take a second one.
+    with mock.patch("training.launch.close_distributed", lambda here: None):
+        main(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()
