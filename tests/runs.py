@@ -16,6 +16,7 @@ from formats.checkpoint import load_checkpoint
 from model.gpt import GPT
 from tests.tiny import finetune_settings, train_settings
 from training.launch import finetune, pretrain
+from training.objectives.objective import Supervised
 
 # No evaluation, samples or checkpoints but the last: for tests of the steps alone.
 BARE: dict[str, Any] = {"eval_interval": 0, "generate_interval": 0, "checkpoint_interval": 0}
@@ -110,3 +111,17 @@ def changed_losses(change: Callable[[int, torch.Tensor], torch.Tensor]) -> Itera
 def poison(*numbers: int) -> Callable[[int, torch.Tensor], torch.Tensor]:
     """NaN for the micro-batches of these numbers."""
     return lambda number, loss: loss * float("nan") if number in numbers else loss
+
+
+@contextmanager
+def magnified(samples: range, factor: float, before: Callable[[int], None] = lambda first: None) -> Iterator[None]:
+    """The loss of micro-batches that begin with one of these samples, multiplied; `before` hears each one's first."""
+    loss = Supervised.loss
+
+    def patched(self: Supervised, network: Any, batch: Batch) -> Any:
+        before(batch.samples[0])
+        value, sums = loss(self, network, batch)
+        return value * (factor if batch.samples[0] in samples else 1.0), sums
+
+    with mock.patch.object(Supervised, "loss", patched):
+        yield

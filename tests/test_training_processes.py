@@ -174,3 +174,20 @@ def test_a_failed_save_is_known_to_both_and_made_good_before_leaving(launched: P
     assert "Stopped by another process after step 2; saving it" in log(folder)
     assert steps_on_disk(folder) == [2] and status(folder) == "stopped"
     assert load_checkpoint(folder / "model_00002.pt", require_digest=True)["train_loader_state"]["sample"] == 12
+
+
+def test_a_spike_on_one_process_takes_both_back_and_past_it(launched: Path) -> None:
+    both = seen(launched, "spike")
+    assert [process["summary"]["finished"] for process in both] == [True, True]
+    assert [record["step"] for record in records(launched / "spike")] == list(range(28))
+    assert "Loss spike at step 25" in log(launched / "spike")
+    assert "model_00020.pt, and on past samples 84..103, which are left out" in log(launched / "spike")
+    taken = sorted(sample for process in both for samples in process["samples"] for sample in samples)
+    assert taken == list(range(104, 104 + 4 * 7)), "since it went back, each sample once"
+
+
+def test_saves_that_fail_without_end_are_known_to_both(launched: Path) -> None:
+    first, second = (process["error"] for process in seen(launched, "broken_disk"))
+    assert "model_00006.pt: input/output error" in first and "5 of 5 in a row" in first
+    assert second == "rank 0 could not write the checkpoint, and says why"
+    assert steps_on_disk(launched / "broken_disk") == [1] and status(launched / "broken_disk") == "failed"

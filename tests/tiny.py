@@ -34,7 +34,7 @@ def text_set(folder: Path, n_documents: int = 60, seed: int = 0) -> Path:
     """A text set of byte tokens with a validation split, in small shards."""
     rng = np.random.default_rng(seed)
     documents = [[*BYTES.encode(sentence(rng, int(rng.integers(5, 30)))), BYTES.eot_id] for _ in range(n_documents)]
-    return _write(folder, [(ids, None) for ids in documents], "text", None)
+    return write_set(folder, [(ids, None) for ids in documents], "text", None)
 
 
 def record_set(folder: Path, n_records: int = 60, seed: int = 0) -> Path:
@@ -45,7 +45,7 @@ def record_set(folder: Path, n_records: int = 60, seed: int = 0) -> Path:
     for _ in range(n_records):
         record = {"instruction": sentence(rng, 3), "context": "", "response": sentence(rng, 4), "category": "open_qa"}
         rendered.append(render_record(record, template, BYTES))
-    return _write(folder, rendered, "instruction", template.spec())
+    return write_set(folder, rendered, "instruction", template.spec())
 
 
 def pair_set(folder: Path, n_pairs: int = 30, seed: int = 0) -> Path:
@@ -57,7 +57,7 @@ def pair_set(folder: Path, n_pairs: int = 30, seed: int = 0) -> Path:
         record = {"instruction": sentence(rng, 3), "context": "", "response": sentence(rng, 4), "category": "open_qa"}
         worse = {**record, "response": "".join(rng.permutation(list(sentence(rng, 3))))}
         rendered += [render_record(each, template, BYTES) for each in (record, worse)]
-    return _write(folder, rendered, "preference", template.spec())
+    return write_set(folder, rendered, "preference", template.spec())
 
 
 def sum_set(folder: Path, n_records: int = 30, seed: int = 0) -> Path:
@@ -69,10 +69,11 @@ def sum_set(folder: Path, n_records: int = 30, seed: int = 0) -> Path:
         one, two = rng.integers(0, 10, size=2).tolist()
         record = {"instruction": f"{one} + {two}", "context": "", "response": str(one + two), "category": "sums"}
         rendered.append(render_record(record, template, BYTES))
-    return _write(folder, rendered, "instruction", template.spec())
+    return write_set(folder, rendered, "instruction", template.spec())
 
 
-def _write(folder: Path, documents: list[tuple[list[int], list[int] | None]], kind: str, template: Any) -> Path:
+def write_set(folder: Path, documents: list[tuple[list[int], list[int] | None]], kind: str, template: Any) -> Path:
+    """A set of byte tokens with its last fifth of documents, (ids, mask), for validation."""
     folder.mkdir(parents=True)
     cut = len(documents) * 4 // 5
     cut -= cut % 2 if kind == "preference" else 0

@@ -23,7 +23,7 @@ import errno
 
 import torch
 
-from tests.runs import BARE, changed_losses, poison, spied_batches, train, tune
+from tests.runs import BARE, changed_losses, magnified, poison, spied_batches, train, tune
 
 RANK = int(os.environ.get("RANK", 0))
 # One process takes 4 micro-batches of one window a step, two take 2 each.
@@ -84,6 +84,27 @@ def skip(folder: Path) -> dict[str, Any]:
         return train(folder / "text", folder / "skip", **{**STEP, **more})
 
 
+def spike(folder: Path) -> dict[str, Any]:
+    """In step 25 the loss of the second process's last window rises, which is not much of the whole: both go back."""
+    with magnified(range(103, 104), 1000.0):
+        more = {"spike_guard": 4.0, "checkpoint_interval": 10, "max_steps": 28, "max_lr": 1e-3}
+        return train(folder / "text", folder / "spike", **{**STEP, **more})
+
+
+def broken_disk(folder: Path) -> dict[str, Any]:
+    """No save works after step 1, on rank 0, which alone writes: after five both leave."""
+    save = torch.save
+
+    def fail(payload: dict[str, Any], file: Any) -> None:
+        if payload.get("step") != 1:
+            raise OSError(errno.EIO, "Input/output error")
+        save(payload, file)
+
+    with mock.patch.object(torch, "save", fail):
+        more = {"checkpoint_interval": 1, "max_steps": 12}
+        return train(folder / "text", folder / "broken_disk", **{**STEP, **more})
+
+
 def full_disk(folder: Path) -> dict[str, Any]:
     """The save of step 2 fails on rank 0. Amid step 3 the second process alone gets a signal: both must save step 2."""
     with failing_save(2), signalled(6):
@@ -124,7 +145,7 @@ def observed(run: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, A
     with spied_batches() as batches:
         try:
             outcome: dict[str, Any] = {"summary": run(folder)}
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             outcome = {"error": str(error)}
     samples = [batch.samples for batch in batches]
     return {**outcome, "samples": samples, "supervised": [batch.supervised for batch in batches]}
@@ -134,7 +155,7 @@ if __name__ == "__main__":
     where = Path(sys.argv[1])
     # One process group serves all runs: the store of torchrun does not take a second one.
     with mock.patch("training.launch.close_distributed", lambda here: None):
-        for case in (plain, lora, masked, progressive, distill, dropout, nan, skip, full_disk):
+        for case in (plain, lora, masked, progressive, distill, dropout, nan, skip, full_disk, spike, broken_disk):
             seen = observed(case, where)
             (where / f"{case.__name__}-{RANK}.json").write_text(json.dumps(seen))
     torch.distributed.destroy_process_group()

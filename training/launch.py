@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 from pathlib import Path
@@ -34,6 +35,7 @@ from training.run_settings import FinetuneSettings, RunSettings, TrainSettings
 from training.runtime import Runtime, choose_runtime
 from training.saver import Saver, describe, versions
 from training.settings import to_dict, to_yaml
+from training.spikes import Detour, Rollback, SpikeGuard
 from training.start import Start, note_versions, start_everywhere, with_checkpoint_settings, with_preset_defaults
 from training.step_plan import (
     StepPlan,
@@ -77,7 +79,7 @@ def _run(settings: RunSettings, watch: Watch | None = None) -> dict[str, Any]:
             here.from_main(folder.open)
             if here.local_rank == 0 and not here.is_main:
                 folder.join()
-            return _Run(settings, here, console, folder, stop, watch).run()
+            return _with_detours(settings, here, console, folder, stop, watch)
     except Abandoned as reason:
         folder.write_status("stopped", reason=str(reason))
         raise
@@ -91,6 +93,19 @@ def _run(settings: RunSettings, watch: Watch | None = None) -> dict[str, Any]:
         close_distributed(here)
 
 
+def _with_detours(
+    settings: RunSettings, here: Dist, console: Console, folder: RunFolder, stop: StopRequest, watch: Watch | None
+) -> dict[str, Any]:
+    """The run; put together anew, as if it had been interrupted, each time that it is to go back to a checkpoint."""
+    detour = None
+    while True:
+        try:
+            return _Run(settings, here, console, folder, stop, watch, detour).run()
+        except Rollback as rollback:
+            detour = rollback.detour
+        gc.collect()  # the model that is left is part of cycles: two would not fit
+
+
 class _Run:
     """Puts a run together, one concern a method, in the order in which they are called."""
 
@@ -102,14 +117,16 @@ class _Run:
         folder: RunFolder,
         stop: StopRequest,
         watch: Watch | None,
+        detour: Detour | None = None,
     ) -> None:
-        self.watch = watch
+        self.watch, self.detour = watch, detour
         assert watch is None or here.world_size == 1, "a watcher speaks for one process"
         self.settings, self.here, self.console, self.folder, self.stop = settings, here, console, folder, stop
         self.say = console.say
 
     def run(self) -> dict[str, Any]:
-        start = start_everywhere(self.settings, self.here, self.folder, self.say)
+        detour = self.detour
+        start = start_everywhere(self.settings, self.here, self.folder, self.say) if detour is None else detour.start
         if start.resumes and start.payload is not None:
             assert start.path is not None
             self.say(f"Resuming from {describe(start.path, start.payload)}; settings not given here come from it")
@@ -156,7 +173,7 @@ class _Run:
         recorder.resume_after(progress)
         trainer = Trainer(
             self.settings, plan, self.here, runtime, model, parallel, objective, optimizers, scaler, loader, val_set,
-            progress, saver, recorder, self.console, self.stop, unfreezing,
+            progress, saver, recorder, self.console, self.stop, unfreezing, self._guard(plan, saver),
         )  # fmt: skip
         try:
             if (done := nothing_to_do(plan, progress)) is not None:
@@ -214,12 +231,16 @@ class _Run:
         stop = stop_of_all(self.settings, self.here, self.stop)
             return Progress()
         loader.load_state(start.payload["train_loader_state"])
-        return Progress.from_dict(start.payload["progress"])
+        progress = Progress.from_dict(start.payload["progress"])
+        if self.detour is not None:
+            self.detour.take(progress, loader)
+        return progress
 
     def _claim_folder(self, start: Start, progress: Progress, plan: StepPlan) -> None:
         """Nothing of an earlier run is overwritten: what is in the way moves into earlier-NNN/. Then the log opens."""
         step = progress.step if start.in_folder else None
-        new_course = self.settings.checkpoint_path is not None
+        new_course = self.settings.checkpoint_path is not None and self.detour is None
+        self.folder.spare = plan.saves if self.settings.spike_guard else None
         if self.folder.held:  # on other machines too: a run must not go on some day from what is left of an earlier one
             self.folder.set_aside(step, self.say, new_course)
         if self.here.is_main:
@@ -232,6 +253,10 @@ class _Run:
     def _runtime(self) -> Runtime:
         settings = self.settings
         return choose_runtime(self.here.device, settings.dtype, settings.compile, settings.matmul_precision)
+
+    def _guard(self, plan: StepPlan, saver: Saver) -> SpikeGuard | None:
+        deviations = self.settings.spike_guard
+        return SpikeGuard(deviations, self.here, plan, self.folder, saver, self.say) if deviations else None
 
     def _unfreezing(self, model: GPT, plan: StepPlan) -> Unfreezing | None:
         settings = self.settings

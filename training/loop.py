@@ -27,6 +27,7 @@ from training.rng import rng_state
 from training.run_settings import RunSettings
 from training.runtime import Runtime, peak_memory_mb, synchronize
 from training.saver import Saver
+from training.spikes import SpikeGuard
 from training.step_plan import StepPlan
 from training.stop import StopRequest
 from training.unfreeze import Unfreezing
@@ -75,13 +76,14 @@ class Trainer:
         console: Console,
         stop: StopRequest,
         unfreezing: Unfreezing | None = None,
+        guard: SpikeGuard | None = None,
     ) -> None:
         self.settings, self.plan, self.here, self.runtime = settings, plan, here, runtime
         self.model, self.parallel, self.objective = model, parallel, objective
         self.optimizers, self.scaler = optimizers, scaler
         self.loader, self.val_set = loader, val_set
         self.progress, self.saver, self.recorder = progress, saver, recorder
-        self.console, self.stop, self.unfreezing = console, stop, unfreezing
+        self.console, self.stop, self.unfreezing, self.guard = console, stop, unfreezing, guard
         if runtime.compile:
             parallel.compile()
         model.train(objective.dropout)  # before the first evaluation, which a preference makes as it stands
@@ -95,7 +97,10 @@ class Trainer:
             self.parallel.wrap()
 
     def run(self) -> bool:
-        """Train to the last step, or until patience is out; False when a signal came first (all is saved then)."""
+        """Train to the last step, or until patience is out; False when a signal came first (all is saved then).
+
+        Raises Rollback where the guard wants to go back.
+        """
         progress, plan = self.progress, self.plan
         self.saver.remember(progress, self.loader.state(), rng_state())
         if not progress.finished_step and not self._finish_step():
@@ -111,6 +116,8 @@ class Trainer:
                 return self._stopped()
             if not done.taken:
                 self._refuse(step, done)
+            elif self.guard is not None:
+                self.guard.watch(step, done.loss, progress, self._samples[0])
             self._count(step, done)
             self.saver.remember(progress, self.loader.state(), rng_state())
             if not self._finish_step():
@@ -287,7 +294,7 @@ class Trainer:
             self.recorder.log(record)
         self.recorder.step_done(record, progress)
         self.saver.remember(progress, self.loader.state(), rng_state())
-        if plan.due(plan.checkpoint_every, step):
+        if plan.saves(step):
             self.recorder.flush_to_disk()
             self.saver.save(required=plan.is_last(step))
         return True

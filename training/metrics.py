@@ -90,8 +90,8 @@ class Console:
         self._bar: Any = None
 
     def open_log(self, path: Path) -> None:
-        """Mirror to `path` from now on, what was said before included."""
-        if self.active:
+        """Mirror to `path` from now on, what was said before included; a log that is open stays."""
+        if self.active and self._log is None:
             self._log = AppendFile(path, complain=lambda text: print(text, file=sys.stderr))
             for text in self._early:
                 self._write(text)
@@ -124,6 +124,8 @@ class Console:
         if self.active and sys.stderr.isatty():
             from tqdm import tqdm
 
+            if self._bar is not None:
+                self._bar.close()
             self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1)
 
     @property

@@ -41,6 +41,9 @@ class Progress:
     windows_per_step: int | None = None  # of the last step, over all processes
     skipped: int = 0  # steps not taken because something was not finite
     skipped_in_a_row: int = 0
+    recent_losses: list[float] = field(default_factory=list)  # of the last steps taken, for the spike guard
+    rolled_back_to: int | None = None  # the step that it went back to last
+    rollbacks: int = 0  # in a row to that step
     overfitting_warned: bool = False
     wandb_id: str | None = None
     last_record: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -102,9 +102,14 @@ class RunFolder:
         found = [(int(match[1]), file) for file in self.path.iterdir() if (match := _CHECKPOINT.match(file.name))]
         return sorted(found, reverse=True)
 
-    def newest_good(self, say: Say) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that is whole and holds the training state; each bad one is named with the reason."""
+    def newest_good(self, say: Say, among: Callable[[int], bool] | None = None) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that is whole and holds the training state; each bad one is named with the reason.
+
+        `among`: of the steps that this takes.
+        """
         for step, file in self.checkpoints():
+            if among is not None and not among(step):
+                continue
             try:
                 return file, self._load(step, file)
             except (ValueError, OSError) as error:

@@ -70,6 +70,8 @@ class RunSettings:
     """Dropout probability in the network."""
     nan_policy: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop the run, or skip the step (at most 10 in a row)."""
+    spike_guard: float = 0.0
+    """A loss of so many standard deviations above the last 64: back to a checkpoint and past its data (6; 0 = off)."""
     eval_interval: Interval = 250
     """Steps between evaluations on the validation split, or `epoch`; 0 = only at the end."""
     early_stopping_patience: int | None = None

@@ -29,6 +29,7 @@ from training.run_folder import lock_file
 from training.run_settings import FinetuneSettings
 from training.search_settings import Choices, SearchSettings, Space, Value, read_space
 from training.settings import from_words, to_dict
+from training.spikes import LossSpike
 from training.step_plan import StepPlan
 from training.study import open_study, optuna_library, storage_errors
 
@@ -153,7 +154,7 @@ class _Search:
         except Abandoned as reason:
             self.study.tell(trial, state=TrialState.PRUNED)
             self.say(f"Trial {trial.number}: {reason}")
-        except NonFiniteLoss as error:
+        except (NonFiniteLoss, LossSpike) as error:
             self._fail(trial, "not finite", str(error))
         except OutOfMemory as error:
             self._fail(trial, "out of memory", str(error))

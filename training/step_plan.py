@@ -54,6 +54,10 @@ class StepPlan:
     def is_last(self, step: int) -> bool:
         return step == self.max_steps - 1
 
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step."""
+        return self.due(self.checkpoint_every, step)
+
     def due(self, every: int, step: int) -> bool:
         """Whether an interval ends at this step."""
         return self.is_last(step) or (every > 0 and step > 0 and step % every == 0)
@@ -126,7 +130,7 @@ def check_settings(settings: RunSettings) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: expected at least 1")
-    for name in ("max_eval_samples", "keep_last_n_checkpoints", "max_grad_norm", "weight_decay", "eps"):
+    for name in ("max_eval_samples", "keep_last_n_checkpoints", "spike_guard", "max_grad_norm", "weight_decay", "eps"):
         if not getattr(settings, name) >= 0:  # NaN too
             raise ValueError(f"--{name} {getattr(settings, name)}: expected at least 0")
     for name in ("early_stopping_patience", "early_stopping_threshold"):
@@ -135,6 +139,8 @@ def check_settings(settings: RunSettings) -> None:
             raise ValueError(f"--{name} {value}: expected at least 0")
     if _patience(settings) and settings.eval_interval == 0:
         raise ValueError("early stopping needs evaluations on the way: set --eval_interval")
+    if settings.spike_guard and settings.checkpoint_interval == 0:
+        raise ValueError("--spike_guard goes back to a checkpoint: set --checkpoint_interval")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(settings, name) < 1:
             raise ValueError(f"--{name} {getattr(settings, name)}: expected at least 0 and less than 1")
