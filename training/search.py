@@ -154,8 +154,10 @@ class _Search:
         except Abandoned as reason:
             self.study.tell(trial, state=TrialState.PRUNED)
             self.say(f"Trial {trial.number}: {reason}")
-        except (NonFiniteLoss, LossSpike) as error:
+        except NonFiniteLoss as error:
             self._fail(trial, "not finite", str(error))
+        except LossSpike as error:
+            self._fail(trial, "loss spikes", str(error))
         except OutOfMemory as error:
             self._fail(trial, "out of memory", str(error))
         except ValueError as error:
