@@ -133,7 +133,7 @@ def resumed(state: dict[str, Any], argv: list[str], world_size: int) -> tuple[St
     """The steps of a run that goes on from it with flags of today, and what it says."""
     said: list[str] = []
     settings = with_checkpoint_settings(parse(TrainSettings, argv), state["settings"], said.append)
-    kept = kept_windows(settings, state)
+    kept = kept_windows(settings, state, world_size)
     plan = plan_steps(settings, settings.block_size, 1000, world_size, kept)
     note_batch(plan, state, said.append)
     return plan, said
@@ -168,11 +168,14 @@ def test_steps_and_schedule_stay_with_the_global_batch() -> None:
     [
         (ACCUMULATES, ["--grad_accum_steps", "3"], 12),
         (ACCUMULATES, ["--batch_size", "1", "--grad_accum_steps", "8"], 16),
+        (ACCUMULATES, ["--batch_size", "4"], 16),
+        (ACCUMULATES, ["--batch_size", "3"], 48),  # 16 can not be shared by threes
         (ACCUMULATES, ["--total_batch_size", "1024"], 32),
         (ACCUMULATES, ["--total_batch_size", "524288"], 16384),  # the default, which the first run had too, unused
         (IN_TOKENS, ["--total_batch_size", "1024"], 32),
         (IN_TOKENS, ["--grad_accum_steps", "3"], 12),
         (IN_TOKENS, ["--batch_size", "4"], 16),
+        (IN_TOKENS, ["--batch_size", "3"], 12),
     ],
 )
 def test_a_batch_given_anew_is_taken_and_the_difference_said(flags: list[str], anew: list[str], windows: int) -> None:

@@ -221,7 +221,7 @@ class _Run:
         state = start.payload if start.resumes else None
             parallel.close()
         windows, processes = loader.windows_per_epoch, self.here.world_size
-        plan = plan_steps(settings, block_size, windows, processes, kept_windows(settings, state))
+        plan = plan_steps(settings, block_size, windows, processes, kept_windows(settings, state, processes))
         note_batch(plan, state, self.say)
         return plan, loader
 

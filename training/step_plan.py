@@ -215,18 +215,20 @@ def fitted_block_size(
     return block_size
 
 
-def kept_windows(settings: RunSettings, state: Mapping[str, Any] | None) -> int | None:
+def kept_windows(settings: RunSettings, state: Mapping[str, Any] | None, world_size: int) -> int | None:
     """Windows of a step that a resumed run keeps, from its checkpoint; None: its flags are to say anew.
 
     A job that comes back on another number of processes repeats its flags, and those that speak of one process would
-    then mean another global batch. So they count as given anew only where they differ from the checkpoint's.
+    then mean another global batch. So they count as given anew only where they differ from the checkpoint's. Another
+    batch_size shares out the same windows, where it can.
     """
-    if state is None:
+    windows = state["progress"].get("windows_per_step") if state is not None else None
+    if state is None or windows is None:  # not in files of before it was kept
         return None
-    saved, beside = state.get("settings", {}), "batch_size" if settings.grad_accum_steps else "total_batch_size"
-    if any(saved.get(name) != getattr(settings, name) for name in ("grad_accum_steps", beside)):
-        return None
-    return state["progress"].get("windows_per_step")  # not in files of before it was kept
+    names = ("batch_size", "grad_accum_steps", *(() if settings.grad_accum_steps else ("total_batch_size",)))
+    anew = [name for name in names if state.get("settings", {}).get(name) != getattr(settings, name)]
+    can_share = windows % (settings.batch_size * world_size) == 0
+    return windows if not anew or (anew == ["batch_size"] and can_share) else None
 
 
 def note_batch(plan: StepPlan, state: Mapping[str, Any] | None, say: Callable[[str], None]) -> None:
