@@ -252,7 +252,8 @@ class _Run:
 
     def _runtime(self) -> Runtime:
         settings = self.settings
-        return choose_runtime(self.here.device, settings.dtype, settings.compile, settings.matmul_precision)
+        how = (settings.dtype, settings.compile, settings.matmul_precision)
+        return choose_runtime(self.here.device, *how, exact=settings.exact)
 
     def _guard(self, plan: StepPlan, saver: Saver) -> SpikeGuard | None:
         deviations = self.settings.spike_guard
@@ -303,7 +304,7 @@ class _Run:
         if saved is not None and len(saved) == self.here.world_size:
             rng.set_rng_state(saved[self.here.rank])
             return
-        if saved is not None:
+        if saved is not None and not self.settings.exact:
             self.say(
                 f"{len(saved)} processes wrote the checkpoint, {self.here.world_size} run now: dropout is re-seeded"
             )
