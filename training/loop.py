@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +23,7 @@ from training.optimizer import set_learning_rate
 from training.parallel import Parallel
 from training.progress import Progress, Validation
 from training.recorder import Recorder
-from training.rng import rng_state
+from training.rng import rng_state, seed_micro_batch
 from training.run_settings import RunSettings
 from training.runtime import Runtime, peak_memory_mb, synchronize
 from training.saver import Saver
@@ -33,6 +33,7 @@ from training.stop import StopRequest
 from training.unfreeze import Unfreezing
 
 T = TypeVar("T")
+Evaluation = tuple[float, int, Sums]  # as an objective gives it
 
 
 @dataclass
@@ -170,8 +171,8 @@ class Trainer:
         self.parallel.mask_gradients()
         norm = self.parallel.clip(self.settings.max_grad_norm)
         names = self.objective.metrics
-        totals = [sum(float(each[name]) for each in metrics) for name in names]
-        loss_sum, *totals = here.sum(sum(float(loss) for loss in losses), *totals)  # on a GPU the host waits here
+        columns = [losses, *([each[name] for each in metrics] for name in names)]
+        loss_sum, *totals = here.total(*(list(map(float, each)) for each in columns))  # on a GPU the host waits here
         (broken,) = here.max(float(not math.isfinite(loss_sum) or not self._usable(norm)))
         fault = ""
         if broken:
@@ -193,6 +194,8 @@ class Trainer:
         what else the objective counts, whatever the split.
         """
         self.parallel.begin_micro_step(number, last)
+        if self.settings.exact:
+            seed_micro_batch(self.settings.seed, batch.samples[0])
         with self.runtime.autocast():
             loss, sums = self.objective.loss(self.parallel.network, batch)
         self.scaler.scale(loss * (self.parallel.gradient_scale / max(1.0, count))).backward()
@@ -312,22 +315,27 @@ class Trainer:
             packing=self.settings.packing,
             unit=self.objective.unit,
         )
-        seen: list[int] = []
-
-        def until_stopped() -> Iterator[Batch]:
-            for batch in takewhile(lambda _: not self.stop.requested, batches):
-                seen.extend(batch.samples)
-                yield batch
-
         with self.runtime.autocast():
-            found = self._together(lambda: self.objective.evaluate(until_stopped()))
-        if found is None:
+            scores = self._together(lambda: self._scores(batches))
+        if scores is None:
             return None
-        loss_sum, count, metrics = found
-        names = list(metrics)
-        loss_sum, total, windows, *sums = self.here.sum(loss_sum, count, len(seen), *map(float, metrics.values()))
-        means = {name: value / max(1.0, total) for name, value in zip(names, sums)}
+        columns = zip(*([windows, loss, count, *metrics.values()] for windows, (loss, count, metrics) in scores))
+        windows, loss_sum, total, *sums = self.here.total(*(list(map(float, column)) for column in columns))
+        means = {name: value / max(1.0, total) for name, value in zip(scores[0][1][2], sums)}
         return None if self._should_stop() else Validation(loss_sum / max(1.0, total), int(windows), means)
+
+    def _scores(self, batches: Iterator[Batch]) -> list[tuple[int, Evaluation]] | None:
+        """Number of windows and sums of each batch, apart: what they add up to must not depend on who has which.
+
+        The first is of nothing, so that a process without a batch has the names of the metrics too.
+        """
+        scores = []
+        for given in chain([[]], ([batch] for batch in self.parallel.in_step(batches, self.stop))):
+            found = self.objective.evaluate(given)
+            if found is None:
+                return None
+            scores.append((sum(len(batch.samples) for batch in given), found))
+        return scores
 
     def _see_validation(self, validation: Validation) -> None:
         """Keep the best, warn of over-fitting."""
