@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -11,10 +12,12 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+from hypothesis import given, settings, strategies
 
-from training.metrics import AppendFile, Console, JsonLines
+from training.metrics import AppendFile, Console, JsonLines, lines_from_the_end
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -70,6 +73,50 @@ def test_cut_keeps_each_step_up_to_the_checkpoint_once(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["m.jsonl"]
     file.cut_after(-1)
     assert file.path.read_bytes() == b""
+
+
+@given(
+    steps=strategies.lists(strategies.integers(0, 3), max_size=40),
+    cut=strategies.integers(-1, 60),
+    block=strategies.integers(1, 40),
+)
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_lines_from_the_end_are_the_lines(
+    steps: list[int], cut: int, block: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("cut") / "m.jsonl"
+    file, step = record_file(path), 0
+    for number, more in enumerate(steps):  # several lines of one step, as samples are, and steps without any
+        step += more
+        file.write({"step": step, "text": "w" * (7 * number % 90)})
+    file.close()
+    if not steps:
+        return
+    whole = path.read_bytes().splitlines()
+    with open(path, "rb") as raw:
+        found = list(lines_from_the_end(raw, block))
+        assert [line for _, line in found] == whole[::-1]
+        assert all(path.read_bytes()[place:].startswith(line + b"\n") for place, line in found)
+    file.cut_after(cut)
+    assert path.read_bytes().splitlines() == [line for line in whole if json.loads(line)["step"] <= cut]
+
+
+def test_a_cut_reads_no_more_than_it_cuts(tmp_path: Path) -> None:
+    read: dict[int, int] = {}
+    for count in (5_000, 50_000):
+        file = record_file(tmp_path / f"{count}.jsonl")
+        file.path.write_text("".join(f'{{"step": {step}}}\n' for step in range(count)))
+
+        class Counting(io.FileIO):
+            def read(self, size: int | None = -1) -> bytes:
+                data = super().read(-1 if size is None else size) or b""
+                read[count] = read.get(count, 0) + len(data)  # noqa: B023 -- used within the turn
+                return data
+
+        with mock.patch("training.metrics.open", lambda path, mode: Counting(path, "r+"), create=True):
+            file.cut_after(count - 11)
+        assert [record["step"] for record in file.records()] == list(range(count - 10))
+    assert 0 < read[5_000] == read[50_000] <= 1 << 18
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from formats.checkpoint import MAY_PASS, write_durably
+from formats.checkpoint import MAY_PASS
 
 
 class AppendFile:
@@ -78,6 +78,33 @@ def cut_torn_line(file: IO[bytes], block: int = 1 << 16) -> None:
             break
     if start < end:
         file.truncate(start)
+
+
+def lines_from_the_end(file: IO[bytes], block: int = 1 << 16) -> Iterator[tuple[int, bytes]]:
+    """(place, line) of each line, the last one first, in a file that ends with a newline; `block` bytes at a time."""
+    start, rest = file.seek(0, os.SEEK_END), b""
+    while start:
+        size = min(block, start)
+        start -= size
+        file.seek(start)
+        rest = file.read(size) + rest
+        end = start + len(rest)
+        first, *lines = rest.split(b"\n")[:-1]
+        for line in reversed(lines):
+            end -= len(line) + 1
+            yield end, line
+        rest = first + b"\n"
+    if rest:
+        yield 0, rest[:-1]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """What a line holds, where it is an object with a step."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 class Console:
@@ -152,25 +179,27 @@ class JsonLines(AppendFile):
     """A file of one JSON object a line."""
 
     def cut_after(self, step: int) -> None:
-        """Keep the lines up to `step` (each step once), atomically; a torn last line goes too."""
+        """Keep the lines up to `step`, which stand in order, and cut off what comes after them, at once.
+
+        Reads from the end as far as it cuts: a run of ten million steps resumes as fast as one of ten.
+        """
         if not self.path.exists():
             return
-        kept = [line + b"\n" for line, record in self._whole_lines() if record["step"] <= step]
-        write_durably(self.path, lambda file: file.writelines(kept))
+        with open(self.path, "r+b") as file:
+            cut_torn_line(file)
+            end = file.seek(0, os.SEEK_END)
+            for start, line in lines_from_the_end(file):
+                record = _record(line)
+                if record is not None and record["step"] <= step:
+                    break
+                end = start
+            file.truncate(end)
+            os.fsync(file.fileno())
 
     def records(self) -> list[dict[str, Any]]:
         """All lines that are whole."""
-        return [record for _, record in self._whole_lines()] if self.path.exists() else []
-
-    def _whole_lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        """Each line that is an object with a step, and what it holds."""
-        for line in self.path.read_bytes().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                yield line, record
+        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+        return [record for record in map(_record, lines) if record is not None]
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; NaN and infinity become null, which JSON can hold."""
