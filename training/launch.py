@@ -133,6 +133,7 @@ class _Run:
             self.settings = with_checkpoint_settings(self.settings, start.payload.get("settings", {}), self.say)
             note_versions(start.payload.get("versions", {}), versions(), self.say)
         check_settings(self.settings)
+        check_parallel(self.settings, self.here.world_size)
         data = open_data(self.settings, self.here, start)
         train_set, val_set, self.tokenizer, self.template = data.train, data.val, data.tokenizer, data.template
         network = build_network(self.settings, self.here, start, train_set, self.folder.path, self.say)
@@ -164,7 +165,6 @@ class _Run:
             self.settings.async_save,
         )
         if start.in_folder and progress.finished_step:
-        check_parallel(self.settings, self.here.world_size)
             saver.saved_step = progress.step
         loggers = open_loggers(self.settings, self.folder.path, progress) if self.here.is_main else []
         recorder = Recorder(
@@ -189,6 +189,7 @@ class _Run:
             saver.close()
             recorder.close()
             loader.close()
+            parallel.close()
         return self._finish(plan, progress, finished)
 
     # -- what the run is made of -------------------------------------------------------------------------------------
@@ -197,6 +198,7 @@ class _Run:
         """What the run minimises; what its checkpoints must say of it goes into `network.about`."""
         stops = stop_ids(self.template, self.tokenizer)
         where = self.folder.path
+        stop = stop_of_all(self.settings, self.here, self.stop)
         objective, entries = build_objective(
             self.settings, self.here, start, network.model, self.tokenizer, stops, where, stop
         )
@@ -219,7 +221,6 @@ class _Run:
             unit=objective.unit,
         )
         state = start.payload if start.resumes else None
-            parallel.close()
         windows, processes = loader.windows_per_epoch, self.here.world_size
         plan = plan_steps(settings, block_size, windows, processes, kept_windows(settings, state, processes))
         note_batch(plan, state, self.say)
@@ -228,7 +229,6 @@ class _Run:
     def _progress(self, start: Start, loader: Loader) -> Progress:
         """What the run remembers; the loader stands where the checkpoint left it."""
         if not start.resumes or start.payload is None:
-        stop = stop_of_all(self.settings, self.here, self.stop)
             return Progress()
         loader.load_state(start.payload["train_loader_state"])
         progress = Progress.from_dict(start.payload["progress"])
@@ -282,6 +282,7 @@ class _Run:
             weight_decay=settings.weight_decay,
             fused=self.here.device.type in ("cpu", "cuda"),
             lr_scales=network.lr_scales,
+            placement=parallel,
         )
         if unfreezing is not None and progress.step >= 0:
             unfreezing.begin(progress.step)  # what has not trained yet has no state to load
@@ -322,7 +323,6 @@ class _Run:
         if found is None or not found[1]:  # a stop was asked for
             return
         loss_sum, count, _ = found
-            placement=parallel,
         mean = loss_sum / max(1, count)
         if not math.isfinite(mean):
             raise ValueError(f"the first batch gives a loss of {mean}: the weights are damaged, or dtype is too narrow")
