@@ -55,12 +55,10 @@ def samples_of(batch: Batch) -> Iterator[tuple[int, Any]]:
     if batch.prompts is not None:
         yield from zip(batch.samples, [(tuple(prompt.ids), tuple(prompt.reference)) for prompt in batch.prompts])
         return
-    for number, inputs, targets in zip(
-        batch.samples,
-        np.split(batch.inputs.numpy(), len(batch.samples)),
-        np.split(batch.targets.numpy(), len(batch.samples)),
-    ):  # one row a sample, two of a pair
-        yield number, (int(inputs[0, 0]), int(inputs[-1, 0]), int(targets[targets >= 0].sum()))
+    rows = (len(batch.samples), -1, batch.inputs.size(1))  # one row a sample, two of a pair
+    firsts = batch.inputs.view(rows)[:, :, 0].tolist()
+    sums = batch.targets.clamp(min=0).view(rows).sum((1, 2)).tolist()
+    yield from zip(batch.samples, ((*first, total) for first, total in zip(firsts, sums)))
 
 
 def one_process(loader: Loader) -> Iterator[tuple[int, Any]]:
