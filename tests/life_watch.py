@@ -60,11 +60,19 @@ class BlackBox:
         return self.memory[8 : 8 + self.length[0]].decode().splitlines()
 
 
+class _InThread(threading.local):
+    """What a thread that writes a checkpoint beside the steps has for itself."""
+
+    step = ""  # of the checkpoint; the loop is further
+    last_change = ""  # what a flush of the folder makes durable
+
+
 class Watch:
     """Sees each event of a life just before it happens, and strikes at the chosen ones.
 
     An event reads `KIND NAME@STEP`, where STEP is the last completed update (`start` before there is one), as in
-    `fsync model_00003.pt@3`. A strike is {at: pattern, nth: count from 0, signal: number, rank}.
+    `fsync model_00003.pt@3`; in a thread that writes a checkpoint it is the checkpoint's. A strike is {at: pattern,
+    nth: count from 0, signal: number, rank}.
     """
 
     def __init__(self, box: BlackBox, strikes: list[dict[str, Any]]) -> None:
@@ -72,11 +80,11 @@ class Watch:
         self.seen = [0] * len(strikes)
         self.step = "start"
         self.names: dict[int, str] = {}  # of open files
-        self.last_change = ""  # what a flush of the folder makes durable
+        self.thread = _InThread()
 
     def event(self, kind: str, name: object, torn: Callable[[], object] | None = None) -> None:
         """Note it; where it is struck by SIGKILL in the middle of a write, half of that is on disk."""
-        text = f"{kind} {name}@{self.step}"
+        text = f"{kind} {name}@{self.thread.step or self.step}"
         self.box.note(text)
         for index, strike in enumerate(self.strikes):
             if not fnmatchcase(text, strike["at"]):
@@ -104,19 +112,19 @@ class Watch:
 
         def fsync(handle: int) -> None:
             folder = stat.S_ISDIR(os.fstat(handle).st_mode)
-            self.event("fsync", f"folder-of-{self.last_change}" if folder else self.names.get(handle, "unknown"))
+            self.event("fsync", f"folder-of-{self.thread.last_change}" if folder else self.names.get(handle, "unknown"))
             real_fsync(handle)
 
         def replace(source: Any, target: Any) -> None:
             aside = Path(target).parent.name.startswith("earlier-")
             self.event("aside" if aside else "rename", Path(target).name)
             real_replace(source, target)
-            self.last_change = Path(target).name
+            self.thread.last_change = Path(target).name
 
         def unlink(path: Path, missing_ok: bool = False) -> None:
             self.event("unlink", "temporary" if TEMPORARY.match(path.name) else path.name)
             real_unlink(path, missing_ok=missing_ok)
-            self.last_change = path.name
+            self.thread.last_change = path.name
 
         put(os, fsync=fsync, replace=replace)
         put(Path, unlink=unlink)
@@ -166,6 +174,8 @@ def watch_files(watch: Watch) -> None:
     real_save = saver.save_checkpoint
 
     def save_checkpoint(path: Any, payload: dict[str, Any]) -> int:
+        if threading.current_thread() is not threading.main_thread():
+            watch.thread.step = str(payload["step"])
         watch.event("save", Path(path).name)
         size = real_save(path, payload)
         watch.event("saved", Path(path).name)

@@ -35,6 +35,7 @@ SERVER = Path(__file__).with_name("life_server.py")
 CLOCKS = {"s_per_step", "tokens_per_s", "memory_mb"}  # what may differ between two runs that did the same
 # Settings that say where and when a run is saved, not what it computes.
 PER_LIFE = {"log_dir", "auto_resume", "resume", "checkpoint_path", "keep_last_n_checkpoints", "checkpoint_interval"}
+PER_LIFE |= {"dist_timeout", "async_save"}
 IO_KINDS = {"write", "fsync", "rename", "unlink", "aside"}
 
 
@@ -65,9 +66,10 @@ class Life:
 
     @property
     def died_saving(self) -> bool:
-        """Whether it ended between the begin and the end of writing a checkpoint."""
-        saves = [event.split()[0] for event in self.events if event.startswith(("save ", "saved "))]
-        return bool(saves) and saves[-1] == "save"
+        """Whether it ended between the begin and the end of writing a checkpoint, in whichever thread."""
+        saves = [event.partition("@")[0] for event in self.events if event.startswith(("save ", "saved "))]
+        last = {save.split()[1]: save.split()[0] for save in saves}  # of each file
+        return "save" in last.values()
 
     @property
     def steps(self) -> list[int]:

@@ -139,6 +139,16 @@ def test_a_stop_in_a_save(tmp_path: Path) -> None:
         check_finish(run)
 
 
+@pytest.mark.parametrize("moment", ["save", "write", "fsync", "rename"])
+def test_a_stop_while_a_checkpoint_is_written_beside_the_steps(moment: str, tmp_path: Path) -> None:
+    run = pretraining(tmp_path / "run", async_save="on", keep_last_n_checkpoints=2)
+    life = stop_at(run, f"{moment} model_00003.pt@3", SIGNALS[len(moment) % 2])
+    assert "saved model_00003.pt@3" in life.events, "what was begun is finished"
+    assert max(life.steps) in (3, 4, 5, 6), "and so is the micro-batch, not much more"
+    check_is_end_of_step(run)
+    check_finish(run)
+
+
 def test_a_stop_in_the_first_step_after_resuming_into_another_folder_saves_there(tmp_path: Path) -> None:
     first, second = pretraining(tmp_path / "first"), pretraining(tmp_path / "second")
     stop_at(first, "micro 5:*", signal.SIGTERM)
