@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -170,10 +170,20 @@ def check_weights(weights: Mapping[str, Tensor], masks: Mapping[str, Mask]) -> N
         _check(name, weights[name], mask)
 
 
-def sparsity_report(model: nn.Module, masks: Mapping[str, Mask]) -> list[SparsityRow]:
-    """A row for each masked weight, in the model's order, with the zeros that it holds."""
+def share_of_zeros(weight: Tensor) -> float:
+    """Of the numbers of a weight."""
+    return float((weight == 0).double().mean())
+
+
+def sparsity_report(
+    model: nn.Module, masks: Mapping[str, Mask], zeros: Callable[[Tensor], float] = share_of_zeros
+) -> list[SparsityRow]:
+    """A row for each masked weight, in the model's order, with the zeros that it holds.
+
+    `zeros` is asked for each weight's share of them, where the weight is not all here.
+    """
     return [
-        SparsityRow(name, mask.shape, mask.pattern, float((weight == 0).double().mean()))
+        SparsityRow(name, mask.shape, mask.pattern, zeros(weight))
         for name, weight, mask in _masked_weights(model, masks)
     ]
 

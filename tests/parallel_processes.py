@@ -1,8 +1,9 @@
 """What test_training_parallel.py launches under torchrun: the same work under each way of spreading a network.
 
-    torchrun --standalone --nproc_per_node 2 tests/parallel_processes.py FOLDER
+    torchrun --standalone --nproc_per_node 2 tests/parallel_processes.py FOLDER NAME…
 
 FOLDER holds data sets and models, and gets a folder CASE-WAY of each run, and what each process held in held-RANK.json.
+A NAME is one of CASES or of TALES.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from tests.runs import BARE, train, tune
+from tests.runs import BARE, changed_losses, poison, train, tune
+from tests.two_processes import signalled
 from training.loop import Trainer
 
+RANK = int(os.environ.get("RANK", 0))
 # One process takes 4 micro-batches of one window a step, two take 2 each. No dropout: each process draws its own.
 STEP: dict[str, Any] = {"batch_size": 1, "total_batch_size": 512, "max_steps": 5, "dropout": 0.0, "max_lr": 1e-2}
 STEP |= {**BARE, "lr_schedule": "constant", "dist_timeout": 30}
@@ -37,6 +40,7 @@ class Case:
     start: str | None
     settings: dict[str, Any] = field(default_factory=dict)
     ways: tuple[str, ...] = ("fsdp",)
+    slow: bool = False
 
 
 # All that happens between steps: 12 windows of validation make an unequal number of batches of 5.
@@ -49,23 +53,26 @@ DISTILL: dict[str, Any] = {"objective": "distill", "distill_hard": 0.2, "distill
 
 CASES = {
     "full": Case("records", "model", BUSY, ("ddp", "zero1", "fsdp")),
-    "pretrain": Case("text", None, {"gradient_checkpointing": True}, ("zero1", "fsdp")),
-    "odd": Case("text", "odd", {"optimizer": "adamw"}),
-    "lora": Case("records", "model", {**LORA, **BUSY}, ("zero1", "fsdp")),
-    "lora_plus": Case("records", "model", {**LORA, "use_dora": False, "lora_plus_ratio": 4.0}, ("ddp", "zero1")),
+    "pretrain": Case("text", None, {"gradient_checkpointing": True}),
+    "odd": Case("text", "odd"),
+    "lora": Case("records", "model", {**LORA, **BUSY}),
     "progressive": Case("records", "model", PROGRESSIVE, ("ddp", "zero1", "fsdp")),
-    "masked": Case("records", "pruned", {}, ("zero1", "fsdp")),
+    "masked": Case("records", "pruned"),
     "muon": Case("records", "pruned", {"optimizer": "muon"}, ("ddp", "zero1")),
-    "masked_lora": Case("records", "pruned", LORA),
-    "dpo": Case("pairs", "model", {**PAIRS, "eval_interval": 2, "eval_batch_size": 1}, ("zero1", "fsdp")),
+    "dpo": Case("pairs", "model", {**PAIRS, "eval_interval": 2, "eval_batch_size": 1}),
     "dpo_lora": Case("pairs", "model", {**PAIRS, **LORA, "eval_interval": 2, "eval_batch_size": 1}),
-    "distill": Case("records", "pruned", DISTILL),
     "offload": Case("records", "model", {"cpu_offload": True, "gradient_checkpointing": True}),
-    "freeze": Case("records", "model", {"finetune_method": "freeze", "train_layers": 1}),
-    "qlora": Case("records", "model", {"finetune_method": "qlora", "lora_dropout": 0.0}),
-    "adapter": Case("records", "model", {"finetune_method": "adapter", "adapter_dropout": 0.0}),
-    "prefix": Case("records", "model", {"finetune_method": "prefix", "prefix_length": 4}),
     "bf16": Case("records", "model", {"dtype": "bfloat16", "generate_interval": 3}, ("ddp", "fsdp")),
+    "lora_plus": Case("records", "model", {**LORA, "lora_plus_ratio": 4.0}, ("ddp", "zero1"), slow=True),
+    "masked_zero1": Case("records", "pruned", {}, ("zero1",), slow=True),
+    "masked_lora": Case("records", "pruned", LORA, slow=True),
+    "dpo_zero1": Case("pairs", "model", {**PAIRS, "eval_interval": 2}, ("zero1",), slow=True),
+    "distill": Case("records", "pruned", DISTILL, slow=True),
+    "freeze": Case("records", "model", {"finetune_method": "freeze", "train_layers": 1}, slow=True),
+    "qlora": Case("records", "model", {"finetune_method": "qlora", "lora_dropout": 0.0}, slow=True),
+    "adapter": Case("records", "model", {"finetune_method": "adapter", "adapter_dropout": 0.0}, slow=True),
+    "prefix": Case("records", "model", {"finetune_method": "prefix", "prefix_length": 4}, slow=True),
+    "compiled": Case("text", "odd", {"compile": "on", "generate_interval": 3}, slow=True),
 }
 
 
@@ -112,23 +119,42 @@ def relay(folder: Path) -> None:
         run(folder, "odd", folder / "relay", parallel=way, max_steps=steps, auto_resume=True, checkpoint_interval=1)
 
 
-def main(folder: Path) -> None:
-    rank, found = int(os.environ.get("RANK", 0)), {}
-    only = sys.argv[2:]
-    for name, case in CASES.items():
-        for way in case.ways:
-            if only and f"{name}-{way}" not in only:
-                continue
+def stopped(folder: Path) -> None:
+    """A signal reaches the second process alone, in the first micro-batch of step 3; then the run goes on."""
+    for way in ("zero1", "fsdp"):
+        to = folder / f"stopped-{way}"
+        with signalled(6):
+            run(folder, "odd", to, parallel=way)
+        shown = [path.name for path in to.glob("model_*.pt")]
+        run(folder, "odd", to, parallel=way, auto_resume=True)
+        (to / f"shown-{RANK}.json").write_text(json.dumps(shown))
+
+
+def skip(folder: Path) -> None:
+    """The second process alone meets a loss that is not finite, in step 3, which nobody takes."""
+    with changed_losses(poison(7) if RANK == 1 else poison()):
+        more = {"nan_policy": "skip", "checkpoint_interval": 1, "keep_last_n_checkpoints": 0}
+        run(folder, "odd", folder / "skip-fsdp", parallel="fsdp", **more)
+
+
+TALES = {"relay": relay, "stopped": stopped, "skip": skip}
+
+
+def main(folder: Path, names: list[str]) -> None:
+    """The cases and tales of these names, one after the other."""
+    found: dict[str, dict[str, int]] = {}
+    for name in names:
+        for way in CASES[name].ways if name in CASES else ():
             with spied_trainers() as trainers:
                 run(folder, name, folder / f"{name}-{way}", parallel=way)
             found[f"{name}-{way}"] = held(trainers[-1])
-    (folder / f"held-{rank}.json").write_text(json.dumps(found))
-    if not only or "relay" in only:
-        relay(folder)
+        if name in TALES:
+            TALES[name](folder)
+    (folder / f"held-{RANK}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
     # One process group serves all runs: the store of torchrun does not take a second one.
     with mock.patch("training.launch.close_distributed", lambda here: None):
-        main(Path(sys.argv[1]))
+        main(Path(sys.argv[1]), sys.argv[2:])
     torch.distributed.destroy_process_group()

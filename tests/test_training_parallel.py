@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from formats.checkpoint import load_checkpoint, save_checkpoint
 from tests.full_checkpoints import same
 from tests.masked_models import save_pruned, zeros
-from tests.parallel_processes import CASES, held, run, spied_trainers
+from tests.parallel_processes import CASES, TALES, held, run, spied_trainers
 from tests.runs import log, losses, records, steps_on_disk, weights
 from tests.tiny import BYTES, pair_set, record_set, text_set
 from tests.tiny_checkpoints import tiny_model
@@ -28,15 +29,21 @@ ROOT = Path(__file__).resolve().parent.parent
 # Rows that two processes do not share evenly, and a head of its own.
 ODD: dict[str, Any] = {"n_layer": 3, "n_embd": 31, "mlp_dim": 65, "tie_embeddings": False}
 ODD |= {"mlp": "swiglu", "mlp_bias": False, "norm": "rmsnorm", "norm_bias": False, "position": "rope"}
+Alone = Callable[[str], Path]
 LAST = 4  # the index of the last step
-EQUAL = [(name, way) for name, case in CASES.items() for way in case.ways if name != "bf16"]
+EQUAL = [
+    pytest.param(name, way, marks=[pytest.mark.slow] if case.slow else [])
+    for name, case in CASES.items()
+    for way in case.ways
+    if name != "bf16"
+]
 # Where a gradient is about as small as AdamW's epsilon, its rounding decides on a whole step: so DDP is no nearer.
-ROUGH = ("masked", "muon", "distill")
+ROUGH = ("masked", "masked_zero1", "muon", "distill")
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which two processes ran every case of tests/parallel_processes.py."""
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of data sets and models."""
     folder = tmp_path_factory.mktemp("parallel")
     text_set(folder / "text")
     record_set(folder / "records")
@@ -45,9 +52,14 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
         payload = {"model": model.state_dict(), "config": model.config.to_dict(), "tokenizer": BYTES.spec()}
         save_checkpoint(folder / f"{name}.pt", payload)
     save_pruned(folder / "pruned.pt", block_size=128)
+    return folder
+
+
+def launch(folder: Path, *names: str) -> Path:
+    """Two processes run these of tests/parallel_processes.py."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, str(ROOT / "tests" / "parallel_processes.py"), str(folder)],
+        [*command, str(ROOT / "tests" / "parallel_processes.py"), str(folder), *names],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -59,22 +71,35 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(launched: Path) -> Any:
+def launched(start: Path) -> Path:
+    """The folder of the runs that are quick."""
+    return launch(start, *(name for name, case in CASES.items() if not case.slow), *TALES)
+
+
+@pytest.fixture(scope="module")
+def launched_slow(start: Path) -> Path:
+    """The folder of the others."""
+    return launch(start, *(name for name, case in CASES.items() if case.slow))
+
+
+@pytest.fixture(scope="module")
+def alone(start: Path) -> Callable[[str], Path]:
     """The folder of a case that this process ran by itself."""
     folders: dict[str, Path] = {}
 
     def of(name: str) -> Path:
         if name not in folders:
-            folders[name] = launched / f"{name}-alone"
-            run(launched, name, folders[name], cpu_offload=False)
+            folders[name] = start / f"{name}-alone"
+            run(start, name, folders[name], cpu_offload=False, compile="off")
         return folders[name]
 
     return of
 
 
 @pytest.mark.parametrize(("name", "way"), EQUAL)
-def test_two_processes_equal_one(launched: Path, alone: Any, name: str, way: str) -> None:
-    one, two = alone(name), launched / f"{name}-{way}"
+def test_two_processes_equal_one(request: Any, alone: Alone, name: str, way: str) -> None:
+    folder = request.getfixturevalue("launched_slow" if CASES[name].slow else "launched")
+    one, two = alone(name), folder / f"{name}-{way}"
     assert losses(two) == pytest.approx(losses(one), rel=5e-6) and len(set(losses(one))) == LAST + 1
     for key in ("grad_norm", "val_loss", "rewards/margins", "distill/hidden", "distill/kl"):
         both = [[record[key] for record in records(at) if key in record] for at in (two, one)]
@@ -86,8 +111,9 @@ def test_two_processes_equal_one(launched: Path, alone: Any, name: str, way: str
         torch.testing.assert_close(theirs[key], tensor, **near)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if {"ddp", "zero1"} <= {*case.ways}])
-def test_zero1_is_ddp_to_the_bit(launched: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["full", "progressive", "muon", pytest.param("lora_plus", marks=pytest.mark.slow)])
+def test_zero1_is_ddp_to_the_bit(request: Any, name: str) -> None:
+    launched = request.getfixturevalue("launched_slow" if CASES[name].slow else "launched")
     ddp, zero = (load_checkpoint(launched / f"{name}-{way}" / f"model_{LAST:05d}.pt") for way in ("ddp", "zero1"))
     for entry in ("model", "optimizer", "rng", "train_loader_state"):
         assert same(ddp[entry], zero[entry]), entry
@@ -128,7 +154,25 @@ def test_each_process_has_half_of_what_is_shared_out(launched: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["zero1", "fsdp"])
-def test_best_final_samples_and_kept_files_are_those_of_one_process(launched: Path, alone: Any, way: str) -> None:
+def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(launched: Path, alone: Alone, way: str) -> None:
+    folder = launched / f"stopped-{way}"
+    for rank in (0, 1):
+        assert json.loads((folder / f"shown-{rank}.json").read_text()) == ["model_00002.pt"]
+    assert losses(folder) == pytest.approx(losses(alone("odd")), rel=5e-6)
+    for key, tensor in weights(alone("odd"), LAST).items():
+        torch.testing.assert_close(weights(folder, LAST)[key], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_step_that_is_not_finite_on_one_process_is_taken_by_none(launched: Path) -> None:
+    folder = launched / "skip-fsdp"
+    assert [record["step"] for record in records(folder) if record.get("skipped")] == [3]
+    assert same(dict(weights(folder, 3)), dict(weights(folder, 2))), "a process took the step"
+    assert not same(dict(weights(folder, 4)), dict(weights(folder, 3)))
+    assert all(bool(tensor.isfinite().all()) for tensor in weights(folder, 4).values())
+
+
+@pytest.mark.parametrize("way", ["zero1", "fsdp"])
+def test_best_final_samples_and_kept_files_are_those_of_one_process(launched: Path, alone: Alone, way: str) -> None:
     one, two = alone("full"), launched / f"full-{way}"
     assert steps_on_disk(two) == steps_on_disk(one) == [2, 4]
     for name in ("best.pt", "final.pt"):
@@ -139,14 +183,16 @@ def test_best_final_samples_and_kept_files_are_those_of_one_process(launched: Pa
     assert records(one, "samples.jsonl") == records(two, "samples.jsonl") and len(records(one, "samples.jsonl")) == 2
 
 
-@pytest.mark.parametrize(("name", "way"), [("masked", "fsdp"), ("masked", "zero1"), ("muon", "zero1")])
-def test_what_is_pruned_stays_so(launched: Path, name: str, way: str) -> None:
+@pytest.mark.parametrize(("name", "way"), [("masked", "fsdp"), ("muon", "zero1")])
+def test_what_is_pruned_stays_so(launched: Path, alone: Alone, name: str, way: str) -> None:
     base, after = (
         load_checkpoint(launched / "pruned.pt"),
         load_checkpoint(launched / f"{name}-{way}" / "model_00004.pt"),
     )
     assert same(base["masks"], after["masks"])
     assert same(*(zeros(payload["model"], base["masks"]) for payload in (base, after)))
+    both = [log(folder).split("Sparsity: ")[1].splitlines()[0] for folder in (alone(name), launched / f"{name}-{way}")]
+    assert both[0] == both[1], "of all rows, not of those of one process"
 
 
 def test_bf16_trains_as_under_ddp(launched: Path) -> None:
@@ -155,7 +201,7 @@ def test_bf16_trains_as_under_ddp(launched: Path) -> None:
     assert all(tensor.dtype == torch.float32 for tensor in weights(fsdp, LAST).values())
 
 
-def test_one_process_may_leave_its_weights_in_host_memory(launched: Path, alone: Any, tmp_path: Path) -> None:
+def test_one_process_may_leave_its_weights_in_host_memory(launched: Path, alone: Alone, tmp_path: Path) -> None:
     with spied_trainers() as trainers:
         run(launched, "full", tmp_path, parallel="fsdp", cpu_offload=True)
     assert type(trainers[0].parallel).__name__ == "FullySharded" and not torch.distributed.is_initialized()
@@ -164,7 +210,7 @@ def test_one_process_may_leave_its_weights_in_host_memory(launched: Path, alone:
 
 
 @pytest.mark.parametrize("way", ["ddp", "zero1", "fsdp"])
-def test_with_one_process_nothing_is_spread(launched: Path, alone: Any, tmp_path: Path, way: str) -> None:
+def test_with_one_process_nothing_is_spread(launched: Path, alone: Alone, tmp_path: Path, way: str) -> None:
     run(launched, "odd", tmp_path, parallel=way)
     assert same(dict(weights(tmp_path, LAST)), dict(weights(alone("odd"), LAST)))
 

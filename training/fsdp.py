@@ -115,6 +115,13 @@ class FullySharded(Parallel):
         """This process's rows of a weight."""
         return weight.to_local() if isinstance(weight, DTensor) else weight
 
+    def share_of_zeros(self, weight: Tensor) -> float:
+        """Of all processes' rows."""
+        if not isinstance(weight, DTensor):  # quantised: each process has all of it
+            return super().share_of_zeros(weight)
+        (zeros,) = self.here.sum(float((self.local(weight) == 0).sum()))
+        return zeros / weight.numel()
+
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def finish_gradients(self) -> None:

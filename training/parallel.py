@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import Batch
 from model.gpt import GPT
-from model.masks import apply_masks_, mask_gradients_, trained_masks
+from model.masks import apply_masks_, mask_gradients_, share_of_zeros, trained_masks
 from training.distributed import Dist
 from training.optimizer import Placement
 from training.run_settings import RunSettings
@@ -49,6 +49,10 @@ class Parallel(Placement):
     def local(self, weight: Tensor) -> Tensor:
         """What this process has of a weight."""
         return weight
+
+    def share_of_zeros(self, weight: Tensor) -> float:
+        """Of the numbers of a whole weight. Every process calls it."""
+        return share_of_zeros(weight)
 
     # -- a step ------------------------------------------------------------------------------------------------------
 

@@ -87,6 +87,9 @@ class Saver:
         )
         if saved:
             self.saved_step = self._progress.step
+        if saved and self.model.masks:
+            rows = sparsity_report(self.model, self.model.masks, self.parallel.share_of_zeros)
+            self.console.say(f"Sparsity: {sparsity_line(rows)}")
         self._writing = self._progress.step if goes_on else None
         if failed:
             self._count_failure(failure, required)
@@ -147,8 +150,6 @@ class Saver:
             self._background.start(lambda: self._write_file(path, copied))
         else:
             self._write_file(path, payload)
-        if self.model.masks:
-            self.console.say(f"Sparsity: {sparsity_line(sparsity_report(self.model, self.model.masks))}")
         return True
 
     def _write_file(self, path: Path, payload: dict[str, Any]) -> None:
