@@ -171,6 +171,7 @@ class Trainer:
         self.parallel.mask_gradients()
         norm = self.parallel.clip(self.settings.max_grad_norm)
         names = self.objective.metrics
+        # On a GPU the host waits here.
         columns = [[float(loss) for loss in losses], *([float(each[name]) for each in metrics] for name in names)]
         loss_sum, *totals = here.total(*columns)  # on a GPU the host has waited for it
         (broken,) = here.max(float(not math.isfinite(loss_sum) or not self._usable(norm)))

@@ -64,7 +64,8 @@ def _fix_kernels() -> None:
     """Only kernels that give the same bits each time: a GPU's fastest index_add_ and attention do not."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it is first used
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a check for kernels that read it, at 4 bytes a number
+    # A check for kernels that read memory before it is written, which writes all of it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _choose_dtype(device: torch.device, dtype: str) -> tuple[torch.dtype, str]:
