@@ -164,7 +164,7 @@ def _read_through(file: BinaryIO, dtype: np.dtype) -> Facts:
 class MappedFiles:
     """Reads slices of many checked files through a few memory maps. Safe to use from several threads."""
 
-    MAX_OPEN = 16  # maps, each of which holds a file handle: a set may have 10,000 shards
+    MAX_OPEN = 8  # maps of a split, each of which holds a file handle: a set may have 10,000 shards
 
     def __init__(self) -> None:
         self._maps: OrderedDict[Path, mmap.mmap] = OrderedDict()  # the most recently used last
