@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from training.step_plan import (
 from training.stop import StopRequest
 from training.summary import introduce, nothing_to_do, outcome, why_early
 from training.unfreeze import Unfreezing
+from training.watch_peers import watched_peers
 
 
 def pretrain(settings: TrainSettings) -> dict[str, Any]:
@@ -69,19 +71,22 @@ def finetune(settings: FinetuneSettings, watch: Watch | None = None) -> dict[str
 
 
 def _run(settings: RunSettings, watch: Watch | None = None) -> dict[str, Any]:
-    here = setup_distributed(settings.device)
+    here = setup_distributed(settings.device, settings.dist_timeout)
     console, folder = Console(here.is_main), RunFolder(settings.log_dir)
     settings = with_preset_defaults(settings)
     try:
         if settings.plan:
             return show_plan(settings, here.device, here.world_size, console.say)
-        with StopRequest() as stop:
+        last_words = partial(_last_words, here, folder, console)
+        with watched_peers(here, settings.dist_timeout, last_words), StopRequest() as stop:
             here.from_main(folder.open)
             if here.local_rank == 0 and not here.is_main:
                 folder.join()
             return _with_detours(settings, here, console, folder, stop, watch)
     except Abandoned as reason:
         folder.write_status("stopped", reason=str(reason))
+        raise
+    except PeersLost:
         raise
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # as a CPU says
@@ -91,6 +96,14 @@ def _run(settings: RunSettings, watch: Watch | None = None) -> dict[str, Any]:
         console.close()
         folder.close()
         close_distributed(here)
+
+
+def _last_words(here: Dist, folder: RunFolder, console: Console, reason: str) -> str:
+    """Another process is gone: with what is saved and how to go on, for the terminal; in log and status too."""
+    line = f"{reason}. {folder.how_to_go_on(here.rank == here.local_rank)}"
+    console.note(f"error: {line}")
+    folder.fail(reason)
+    return line
 
 
 def _with_detours(

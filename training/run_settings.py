@@ -108,6 +108,8 @@ class RunSettings:
     """Seed of weights, order of samples and dropout."""
     device: Device = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
+    dist_timeout: float = 300.0
+    """Several processes: seconds without a word from one of them after which the others name it and leave."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Autocast type; auto: bfloat16 or float16 on a GPU, float32 on a CPU (bfloat16 can be 24x slower there)."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -116,14 +118,14 @@ class RunSettings:
     """torch.set_float32_matmul_precision: high allows TF32 on a GPU."""
     exact: bool = False
     """The same bits on 1, 2, 4 ... processes: a fixed order of sums, dropout seeded by micro-batch, no compilation."""
-    gradient_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more time."""
-    plan: bool = False
-    """Print what the run will take in memory and what would save how much, and stop: nothing is loaded."""
     parallel: Literal["ddp", "zero1", "fsdp"] = "ddp"
     """What the processes share out: the data; zero1: the optimizer's state too; fsdp: weights and gradients as well."""
     cpu_offload: bool = False
     """With --parallel fsdp: weights and optimizer state stay in host memory, blocks come to the GPU for their turn."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more time."""
+    plan: bool = False
+    """Print what the run will take in memory and what would save how much, and stop: nothing is loaded."""
     wandb: bool = False
     """Log to Weights & Biases too (WANDB_MODE=offline needs no account)."""
     wandb_project: str = "espalier"
