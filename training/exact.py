@@ -16,6 +16,7 @@ swap what they have, and both add the same two numbers.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -73,14 +74,14 @@ class Exact(Parallel):
     def __init__(self, here: Dist, model: GPT) -> None:
         super().__init__(here, model)
         self.gradient_scale = 1.0
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it is first used
+        # Else all new memory would be written once, to show kernels that read it before they write it.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self._trained: list[nn.Parameter] = []
         self._sums = BinaryCounter()
 
     def wrap(self) -> None:
         """The model as it is: DDP would add gradients up within backward."""
-
-    def begin_micro_step(self, number: int, last: bool) -> None:
-        """Nothing travels before the last one is done."""
 
     def order(self, count: int) -> Sequence[int]:
         """Reversed bits. A step begins: what a stop left of another is dropped."""
@@ -88,8 +89,16 @@ class Exact(Parallel):
         self._sums = BinaryCounter()
         return reversed_bits(count)
 
+    def begin_micro_step(self, number: int, last: bool) -> None:
+        """From here to the end of backward, kernels that give the same bits each time.
+
+        A GPU's fastest index_add_ and attention do not. Not beyond: drawing from a distribution has none on a GPU.
+        """
+        torch.use_deterministic_algorithms(True)
+
     def end_micro_step(self, number: int) -> None:
         """The gradient of this micro-batch alone joins the sums."""
+        torch.use_deterministic_algorithms(False)
         # A parameter that the micro-batch did not use: ranks must have the same tensors to swap.
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained]
         self._sums.add(gradients)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
 import sys
 from dataclasses import dataclass
@@ -43,7 +42,6 @@ def choose_runtime(
     reasons = [f"dtype {str(chosen).removeprefix('torch.')}: {why}"]
     compiled = compile_ == "on" or (compile_ == "auto" and device.type == "cuda" and not exact)
     if exact:
-        _fix_kernels()
         reasons.append("compile off: with --exact, as code compiled for one shape may serve another in other processes")
         reasons.append(
             f"exact: another number of processes changes no bit; another number of threads ({torch.get_num_threads()} "
@@ -58,14 +56,6 @@ def choose_runtime(
     if device.type == "cpu" and keep_freed_memory():
         reasons.append("allocator: freed buffers are kept (fresh ones of 100 MB cost a page fault every 4 KB)")
     return Runtime(device, chosen, compiled, tuple(reasons))
-
-
-def _fix_kernels() -> None:
-    """Only kernels that give the same bits each time: a GPU's fastest index_add_ and attention do not."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it is first used
-    torch.use_deterministic_algorithms(True)
-    # A check for kernels that read memory before it is written, which writes all of it.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _choose_dtype(device: torch.device, dtype: str) -> tuple[torch.dtype, str]:
