@@ -42,6 +42,15 @@ MAY_PASS = {
     errno.ESTALE: "stale file handle",
 }
 
+# Of what kind the entries are that a file may have, where they are there and not None.
+_ENTRIES: dict[str, type | tuple[type, ...]] = {
+    "step": int,
+    "val_loss": (int, float),
+    "rng": list,
+    **dict.fromkeys(("config", "settings", "versions", "tokenizer", "template", "adapter", "base", "reference"), dict),
+    **dict.fromkeys(("optimizer", "scaler", "train_loader_state", "progress"), dict),
+}
+
 # What a weights-only file lacks.
 TRAINING_KEYS = ("optimizer", "scaler", "train_loader_state", "rng", "progress")
 
@@ -203,13 +212,14 @@ def load_checkpoint(path: str | Path, *, require_digest: bool = False) -> dict[s
     payload = _read(path, shown=path)
     version = payload.get("format", FORMAT)
     if not isinstance(version, int) or version > FORMAT:
-        raise ValueError(f"{path}: has format {version!r}, this version reads up to {FORMAT}: update the project")
+        raise ValueError(f"{path}: has format {version!r:.80}, this version reads up to {FORMAT}: update the project")
     for key in ("model", "config"):
         if not isinstance(payload.get(key), dict):
             raise ValueError(f"{path}: is not a checkpoint of this project: it holds no {key}")
     for name, value in payload["model"].items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise ValueError(f"{path}: its weight {name!r:.80} is no tensor under a name")
+    _check_entries(payload, path)
     masks = payload_masks(payload, path)
     if ENTRY in payload:
         return from_compact(payload, masks, path)
@@ -218,6 +228,20 @@ def load_checkpoint(path: str | Path, *, require_digest: bool = False) -> dict[s
     except ValueError as error:
         raise ValueError(f"{path}: its masks do not fit its weights: {error}") from None
     return payload
+
+
+def _check_entries(payload: dict[str, Any], path: Path) -> None:
+    """ValueError unless what stands beside the weights is of its kind: those who use it rely on that."""
+    for name, kind in _ENTRIES.items():
+        value = payload.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{path}: its {name} is a {type(value).__name__}, expected another kind of value")
+        if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+            raise ValueError(f"{path}: its {name} has a key that is no text")
+        if isinstance(value, list) and not all(isinstance(each, dict) for each in value):
+            raise ValueError(f"{path}: its {name} holds something else than the states of processes")
 
 
 def payload_masks(payload: Mapping[str, Any], path: str | Path) -> Masks:
@@ -230,7 +254,7 @@ def payload_masks(payload: Mapping[str, Any], path: str | Path) -> Masks:
         try:
             masks[name] = Mask.from_spec(spec)
         except ValueError as error:
-            raise ValueError(f"{path}: the mask of {name} cannot be used: {error}") from None
+            raise ValueError(f"{path}: the mask of {str(name)[:80]} cannot be used: {error}") from None
     return masks
 
 
@@ -255,7 +279,7 @@ def peek(path: str | Path, entry: str) -> Any:
 
 def is_full(payload: dict[str, Any]) -> bool:
     """Whether a checkpoint holds the training state, so that a run can go on from it."""
-    return all(key in payload for key in TRAINING_KEYS)
+    return all(payload.get(key) is not None for key in TRAINING_KEYS)
 
 
 def has_digest(path: str | Path) -> bool:

@@ -238,7 +238,9 @@ def _masked_weights(model: nn.Module, masks: Mapping[str, Mask]) -> Iterator[tup
 def _two_sizes(name: str, value: Any) -> tuple[int, int]:
     sizes = tuple(value) if isinstance(value, (tuple, list)) else ()
     if len(sizes) != 2 or any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in sizes):
-        raise ValueError(f"a mask's {name} is {value!r}: give two whole numbers of at least 1")
+        raise ValueError(
+            f"a mask's {name} is {' '.join(repr(value).split())[:80]}: give two whole numbers of at least 1"
+        )
     return sizes[0], sizes[1]
 
 

@@ -15,6 +15,8 @@ from torch import nn
 from training.muon import Float32Muon
 
 State = dict[str, dict[str, dict[str, Any]]]
+# What torch's optimizers remember of a parameter.
+_REMEMBERED = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_buffer"}}
 
 
 class Placement:
@@ -118,6 +120,8 @@ def load_optimizer_state(
             f"the checkpoint holds the state of {'+'.join(sorted(saved)) or 'no optimizer'}, this run uses "
             f"{'+'.join(sorted(optimizers))}: pass the same --optimizer"
         )
+    if not all(isinstance(states, dict) for states in saved.values()):
+        raise ValueError("the checkpoint's optimizer state is not ordered by parameters")
     parameters = dict(model.named_parameters())
     for kind, optimizer in optimizers.items():
         own, part = _parameters(optimizer), placement.part(optimizer)
@@ -129,15 +133,25 @@ def load_optimizer_state(
                 if not parameter.requires_grad:  # it has not trained yet: progressive unfreezing comes to it later
                     continue
                 raise ValueError(f"the checkpoint's {kind} state lacks the parameter {name}")
-            for key, value in saved[kind][name].items():
-                if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape:
-                    found, wanted = tuple(value.shape), tuple(parameter.shape)
-                    raise ValueError(f"the checkpoint's {kind} state of {name}: {key} has shape {found}, not {wanted}")
+            _check_state(saved[kind][name], parameter, kind, name)
             if parameter in held:
                 part.state[parameter] = {
                     key: placement.place(value, parameter) if isinstance(value, torch.Tensor) else value
                     for key, value in saved[kind][name].items()
                 }
+
+
+def _check_state(state: object, parameter: nn.Parameter, kind: str, name: str) -> None:
+    """ValueError unless `state` is what an optimizer of this kind remembers of the parameter."""
+    where = f"the checkpoint's {kind} state of {name}"
+    if not isinstance(state, dict) or set(state) != _REMEMBERED[kind]:
+        raise ValueError(f"{where} lacks or adds something: {kind} remembers {', '.join(sorted(_REMEMBERED[kind]))}")
+    for key, value in state.items():
+        wanted = () if key == "step" else tuple(parameter.shape)
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
+            raise ValueError(f"{where}: {key} is no tensor of float32")
+        if tuple(value.shape) != wanted:
+            raise ValueError(f"{where}: {key} has shape {tuple(value.shape)}, not {wanted}")
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> set[torch.Tensor]:

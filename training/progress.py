@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import typing
 from dataclasses import dataclass, field
 from typing import Any
+
+from training.settings import fits
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,20 @@ class Progress:
     def from_dict(cls, values: dict[str, Any]) -> Progress:
         """Raises ValueError for what an other version wrote and this one does not know."""
         try:
-            return cls(**values)
+            progress = cls(**values)
         except TypeError as error:
-            raise ValueError(f"the checkpoint's progress is not usable: {error}") from None
+            raise ValueError(f"the checkpoint's progress is not usable: {str(error)[:200]}") from None
+        for name, hint in _hints().items():
+            if not fits(getattr(progress, name), hint):
+                shown = " ".join(repr(getattr(progress, name)).split())[:80]
+                raise ValueError(f"the checkpoint's progress is damaged: {name} is {shown}")
+        if (progress.best_step is None) is not (progress.best_val_loss is None):
+            raise ValueError("the checkpoint's progress is damaged: the best step and its loss do not go together")
+        if not all(isinstance(value, (int, float, type(None))) for value in progress.last_record.values()):
+            raise ValueError("the checkpoint's progress is damaged: its last record holds something else than numbers")
+        return progress
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return typing.get_type_hints(Progress)

@@ -200,7 +200,7 @@ def _number(name: str, key: str, text: Any) -> float:
     except (TypeError, ValueError):
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"{name}: {key}: {text}: expected a number")
+        raise ValueError(f"{name}: {key}: {str(text)[:80]}: expected a number")
     return value
 
 

@@ -26,6 +26,8 @@ from training.peers import PeersLost
 
 S = TypeVar("S")
 
+_LONGEST = 500  # characters of a message
+_YAML_BYTES = 1 << 18  # parsing takes a second for each megabyte
 _SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -80,12 +82,17 @@ def read_yaml(path: str) -> yaml.MappingNode | None:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"--config {path}: no such file")
+    if file.stat().st_size > _YAML_BYTES:
+        raise ValueError(f"--config {path}: has {file.stat().st_size:,} bytes, expected at most {_YAML_BYTES:,}")
     try:
         root = yaml.compose(file.read_text("utf-8"), Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"--config {path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise ValueError(f"--config {path}: expected `name: value` lines, found a list or a single value")
+    for node in () if root is None else [root, *(value for _, value in root.value)]:
+        if isinstance(node, yaml.MappingNode) and not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
+            raise ValueError(f"--config {path}: a name is a list or has lines below it, expected `name: value` lines")
     return root
 
 
@@ -299,6 +306,7 @@ def _first_sentence(box: str) -> str:
     lines = [line.strip(" │|") for line in box.splitlines()]
     body = dropwhile(_is_rule, lines[1:])
     sentence = " ".join(takewhile(lambda line: not _is_rule(line), body)) or " ".join(box.split())
+    sentence = sentence if len(sentence) <= _LONGEST else f"{sentence[:_LONGEST]} ..."
     return re.sub(r"^Error parsing \w*Settings: ", "", sentence)  # from __post_init__: it names its flag itself
 
 
@@ -328,17 +336,20 @@ def to_dict(settings: Any) -> dict[str, Any]:
 
 def takes(cls: type, name: str, value: Any) -> bool:
     """Whether a setting may have this plain value, as `to_dict` gives it."""
-    return _fits(value, typing.get_type_hints(cls)[name])
+    return fits(value, typing.get_type_hints(cls)[name])
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value, as JSON has them, is of the kind that a type hint tells; whole numbers pass for floats."""
     parts = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
         return type(value) is str and value in parts
-    if typing.get_origin(hint) is tuple:
-        return isinstance(value, (list, tuple)) and all(_fits(part, parts[0]) for part in value)
+    if typing.get_origin(hint) in (tuple, list):
+        return isinstance(value, (list, tuple)) and all(fits(part, parts[0]) for part in value)
+    if typing.get_origin(hint) is dict:
+        return isinstance(value, dict)
     if parts:
-        return any(_fits(value, part) for part in parts)
+        return any(fits(value, part) for part in parts)
     return type(value) in ((int, float) if hint is float else (hint,))
 
 

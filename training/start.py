@@ -14,6 +14,7 @@ from formats.checkpoint import has_digest, is_full, load_checkpoint
 from formats.open_model import load_payload
 from training.distributed import Dist
 from training.nodes import fetch_newest
+from training.progress import Progress
 from training.run_folder import RunFolder, Say
 from training.run_settings import (
     METHOD_DEFAULTS,
@@ -82,6 +83,7 @@ def choose_start(settings: RunSettings, folder: RunFolder, say: Say) -> Start:
         raise ValueError("--checkpoint_path names what --resume goes on from: add --resume")
     own = _own_checkpoint(settings, folder, say)
     if own is not None:
+        _check_state(own)
         return own
     if isinstance(settings, FinetuneSettings):
         return _pretrained(settings, say)
@@ -156,6 +158,15 @@ def with_preset_defaults(settings: R) -> R:
     return _replace(settings, changes, explicit)
 
 
+def _check_state(start: Start) -> None:
+    """ValueError that names the file to go on from, where what it says of its run cannot be true."""
+    if start.resumes and start.payload is not None:
+        try:
+            Progress.from_dict(start.payload["progress"])
+        except ValueError as error:
+            raise ValueError(f"{start.path}: {error}") from None
+
+
 def with_checkpoint_settings(settings: R, saved: dict[str, Any], say: Say) -> R:
     """On resume: what is not given explicitly comes from the checkpoint's run; each difference is printed."""
     explicit = frozenset(name for name in to_dict(settings) if is_explicit(settings, name))
@@ -166,19 +177,19 @@ def with_checkpoint_settings(settings: R, saved: dict[str, Any], say: Say) -> R:
     for name, value in ((own_name(saved_name, type(settings)), value) for saved_name, value in saved.items()):
         if name not in now or name in _NOT_INHERITED or name in silenced:
             continue
+        _check_saved(settings, name, value, inherited=name not in explicit)
         if name not in explicit:
-            _check_inherited(settings, name, value)
             changes[name] = tuple(value) if isinstance(value, list) else value
         elif now[name] != value:
             say(f"  {name}: {value} in the checkpoint, now {now[name]}")
     return _replace(settings, changes, explicit)
 
 
-def _check_inherited(settings: RunSettings, name: str, value: Any) -> None:
+def _check_saved(settings: RunSettings, name: str, value: Any, inherited: bool) -> None:
     """ValueError for a value that a run could not have saved, and for a program: no file has another one run."""
     if not takes(type(settings), name, value):
-        raise ValueError(f"the checkpoint's settings are damaged: {name} is {value!r:.80}")
-    if name in _PROGRAMS and value != getattr(type(settings), name):
+        raise ValueError(f"the checkpoint's settings are damaged: {name} is {' '.join(repr(value).split())[:80]}")
+    if inherited and name in _PROGRAMS and value != getattr(type(settings), name):
         raise ValueError(
             f"the checkpoint's run used --{name} {value}, which runs a program: give --{name} again if you trust it"
         )
@@ -187,8 +198,8 @@ def _check_inherited(settings: RunSettings, name: str, value: Any) -> None:
 def note_versions(saved: dict[str, Any], now: dict[str, Any], say: Say) -> None:
     """Say what differs between the machine that wrote a checkpoint and this one, and may change the last bits."""
     for name in ("torch", "threads"):
-        if name in saved and saved[name] != now[name]:
-            say(f"  {name}: {saved[name]} in the checkpoint, now {now[name]}: sums may differ in their last bits")
+        if name in saved and str(saved[name]) != str(now[name]):
+            say(f"  {name}: {str(saved[name])[:40]} in the checkpoint, now {now[name]}: sums may differ in their last bits")
 
 
 def _replace(settings: R, changes: dict[str, Any], explicit: frozenset[str]) -> R:

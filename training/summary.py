@@ -104,7 +104,8 @@ def why_early(plan: StepPlan, progress: Progress) -> str:
 
 def outcome(progress: Progress, per_token: bool = True) -> str:
     """How the losses ended, in words; `per_token`: they are means over tokens, so that they have a perplexity."""
-    parts = [f"training loss {progress.last_record['loss']:.4f}"]
+    loss = progress.last_record.get("loss")
+    parts = [] if loss is None else [f"training loss {loss:.4f}"]
     if progress.val_loss is not None:
         perplexity = f" (perplexity {math.exp(min(progress.val_loss, 700)):.2f})" if per_token else ""
         parts.append(f"validation loss {progress.val_loss:.4f}{perplexity}")
