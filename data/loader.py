@@ -233,8 +233,10 @@ class Loader:
 
     def seek(self, sample: int) -> None:
         """Go on from this global sample, at once however far it is."""
-        if not isinstance(sample, int) or sample < 0:
-            raise ValueError(f"a place in the data is a sample number from 0 up, not {sample!r}")
+        if type(sample) is not int or sample < 0:
+            raise ValueError(
+                f"a place in the data is a sample number from 0 up, not {' '.join(repr(sample).split())[:80]}"
+            )
         self.close()
         self._sample = sample
 
@@ -247,8 +249,13 @@ class Loader:
         missing = [name for name in ("sample", *self._identity) if name not in state]
         if missing:
             raise ValueError(f"the saved loader state has no {', '.join(missing)}; is it one of this program's?")
+        strange = [name for name in self._identity if not isinstance(state[name], (int, float, str, type(None)))]
+        if strange:
+            raise ValueError(f"the saved loader state is damaged: {strange[0]} is a {type(state[strange[0]]).__name__}")
         changed = [
-            f"{name} was {state[name]} and is {now} now" for name, now in self._identity.items() if state[name] != now
+            f"{name} was {str(state[name])[:80]} and is {now} now"
+            for name, now in self._identity.items()
+            if state[name] != now
         ]
         if changed:
             raise ValueError(

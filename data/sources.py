@@ -176,7 +176,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         with cast(IO[bytes], gzip.open(path) if path.suffix == ".gz" else open(path, "rb", _BUFFER)) as file:
             yield file
     except (OSError, EOFError, zlib.error) as error:  # the last two: a .gz cut short, a .gz damaged
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:200]
         raise OSError(f"{path}: cannot be read ({reason})") from error
 
 

@@ -63,11 +63,14 @@ def template_from_spec(spec: dict[str, Any] | None) -> Template | None:
     """
     if spec is None:
         return None
+    if not isinstance(spec, dict) or not all(isinstance(name, str) for name in spec):
+        raise ValueError(f"prompt template: is a {type(spec).__name__}, expected its fields by name")
     if "kind" in spec:
         return _chat_from_spec(spec)
     known = [field.name for field in fields(PromptTemplate)]
     if sorted(spec) != sorted(known) or not all(isinstance(value, str) for value in spec.values()):
-        raise ValueError(f"prompt template: has the fields {sorted(spec)}, expected {sorted(known)}, each a string")
+        found = str(sorted(spec))[:200]
+        raise ValueError(f"prompt template: has the fields {found}, expected {sorted(known)}, each a string")
     return PromptTemplate(**spec)
 
 
@@ -119,8 +122,8 @@ def _chat_from_spec(spec: dict[str, Any]) -> ChatTemplate:
     is_sound = isinstance(stop, (list, tuple)) and all(isinstance(text, str) for text in [*stop, *map(spec.get, names)])
     if spec["kind"] != "chat" or set(spec) != {"kind", "stop", *names} or not is_sound:
         raise ValueError(
-            f"prompt template: has the kind {spec['kind']!r} and the fields {sorted(spec)}, expected 'chat' with "
-            f"{', '.join(names)}, each a string, and stop, a list of them"
+            f"prompt template: has the kind {spec['kind']!r:.40} and the fields {str(sorted(spec))[:200]}, "
+            f"expected 'chat' with {', '.join(names)}, each a string, and stop, a list of them"
         )
     return ChatTemplate(spec["name"], spec["source"], spec["bos_token"], spec["eos_token"], tuple(spec["stop"]))
 

@@ -139,7 +139,8 @@ def _endings(row: dict[str, Any], where: str) -> tuple[list[str], list[str]]:
     value: Any = row[name]
     keys: list[str] = []
     if isinstance(value, dict):  # ARC: {"text": [...], "label": ["A", ...]}
-        keys = [str(key) for key in value.get("label") or []]
+        labels = value.get("label")
+        keys = [str(key) for key in labels] if isinstance(labels, list) else []
         value = value.get("text")
     if not isinstance(value, list) or len(value) < 2:
         found = f"a list of {len(value)}" if isinstance(value, list) else type(value).__name__

@@ -71,6 +71,8 @@ def base_candidates(payload: Mapping[str, Any], path: Path) -> list[str]:
     base = payload.get("base")
     if not isinstance(base, dict) or not all(isinstance(base.get(key), str) for key in ("path", "name")):
         raise ValueError(f"{path}: is an adapter that does not name its base")
+    if not all(isinstance(base.get(key), (str, type(None))) for key in ("digest", "masks")):
+        raise ValueError(f"{path}: is an adapter whose base has a digest that is no text")
     return [str(path.parent / base["path"]), base["name"]]
 
 
@@ -102,6 +104,8 @@ def _under(masks: str | None) -> str:
 def put_on(model: GPT, payload: Mapping[str, Any], path: Path) -> GPT:
     """Applies the adapter's method to its base, in place, and loads its tensors. ValueError where they do not fit."""
     entry = payload["adapter"]
+    if not isinstance(entry, dict) or not isinstance(entry.get("settings"), dict):
+        raise ValueError(f"{path}: is an adapter that does not tell its method and settings")
     try:
         settings = settings_from_dict(entry["method"], entry["settings"])
         apply_method(model, entry["method"], settings, fresh=False)

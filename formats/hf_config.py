@@ -58,7 +58,7 @@ class _Keys:
         return self.get(name, default, "text", lambda v: isinstance(v, str))
 
     def refuse(self, name: str, value: Any, reason: str) -> None:
-        raise FormatError(f"{self.where}: {name} is {str(value)[:80]!r}: {reason}")
+        raise FormatError(f"{self.where}: {name[:80]} is {str(value)[:80]!r}: {reason[:300]}")
 
     def only(self, name: str, default: Any, wanted: Any) -> None:
         """Refuses any value of a key but the one that the network here computes."""

@@ -122,7 +122,8 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
         where = folder / "chat_template.json"
         source = (read_object(folder, where.name) or {}).get("chat_template")
     if isinstance(source, list):
-        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        entries = [entry for entry in source if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
+        named = {entry["name"]: entry.get("template") for entry in entries}
         if "default" not in named:
             names = ", ".join(map(str, named))
             raise FormatError(f"{where}: has chat templates named {names[:200]}, expected one named default")

@@ -48,7 +48,7 @@ def open_model(
     payload = load_payload(ref, base_model=base_model)
     model = build_model(payload, path, base_model=base_model)
     tokenizer = payload_tokenizer(payload, path)
-    template = template_from_spec(payload.get("template"))
+    template = payload_template(payload, path)
     return OpenModel(
         model=model.to(device).eval(),
         tokenizer=tokenizer,
@@ -144,7 +144,7 @@ def load_tokenizer_and_template(ref: str | Path) -> tuple[Tokenizer, Template | 
 
         return read_gguf_tokenizer(path)
     payload = load_checkpoint(path)
-    return payload_tokenizer(payload, path), template_from_spec(payload.get("template"))
+    return payload_tokenizer(payload, path), payload_template(payload, path)
 
 
 def check_exists(ref: str | Path) -> None:
@@ -188,7 +188,18 @@ def payload_tokenizer(payload: dict[str, Any], path: str | Path) -> Tokenizer:
     spec = payload.get("tokenizer")
     if not isinstance(spec, dict):
         raise ValueError(f"{path}: holds no tokenizer, so its tokens cannot be read")
-    return tokenizer_from_spec(spec)
+    try:
+        return tokenizer_from_spec(spec)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def payload_template(payload: dict[str, Any], path: str | Path) -> Template | None:
+    """The prompt template that a payload holds, None where it has none. Raises ValueError for what is no template."""
+    try:
+        return template_from_spec(payload.get("template"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def build_model(
@@ -204,6 +215,10 @@ def build_model(
         base = load_base(payload, Path(path), base_model)
         return put_on(build_model(base, path, **overrides), payload, Path(path))
     config = _config_of(payload["config"], path, **overrides)
+    sizes = [config.layer(i) for i in range(config.n_layer)]
+    layers = sum(bool(layer.n_head or layer.mlp_dim) for layer in sizes)
+    if layers > len(payload["model"]):  # before as many are made as the config likes
+        raise ValueError(f"{path}: has {len(payload['model'])} weights, its config asks for {layers} layers")
     with torch.device("meta"):  # no memory, no random numbers: every weight is replaced
         model = GPT(config)
     check_weights(model, payload["model"], path)

@@ -80,9 +80,9 @@ def read_peft(folder: str | Path, config: Payload) -> dict[str, Any]:
     """The payload of an adapter for a base of this config, without the base's digest. FormatError for what differs."""
     folder = Path(folder)
     written = read_config(folder)
-    if written.get("peft_type") not in _IN:
-        found = written.get("peft_type")
-        raise FormatError(f"{folder / CONFIG}: is of type {found!r}, {' and '.join(_IN)} can be read")
+    found = written.get("peft_type")
+    if not isinstance(found, str) or found not in _IN:
+        raise FormatError(f"{folder / CONFIG}: is of type {found!r:.80}, {' and '.join(_IN)} can be read")
     method, kind = _IN[written["peft_type"]]
     settings, state = kind.read(folder, written, read_tensors(folder), GPTConfig.from_dict(dict(config)))
     base = peft_base(folder)

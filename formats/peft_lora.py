@@ -182,18 +182,21 @@ def _check(written: Mapping[str, Any], folder: Path) -> tuple[int, float]:
     where = folder / CONFIG
     for key, allowed in _PLAIN.items():
         if written.get(key, allowed[0]) not in allowed:
-            raise FormatError(f"{where}: {key} is {written[key]!r}, which is more than LoRA")
+            raise FormatError(f"{where}: {key} is {written[key]!r:.80}, which is more than LoRA")
     start = written.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGES_BASE):
         raise FormatError(
-            f"{where}: init_lora_weights {start!r} changed the base's weights: save it converted to plain LoRA"
+            f"{where}: init_lora_weights {start!r:.80} changed the base's weights: save it converted to plain LoRA"
         )
     rank, alpha = written.get("r"), written.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank < 1 or not alpha > 0:
-        raise FormatError(f"{where}: r is {rank!r} and lora_alpha {alpha!r}, expected numbers above 0")
+    if type(rank) is not int or type(alpha) not in (int, float) or rank < 1 or not 0 < alpha < 1e30:
+        raise FormatError(f"{where}: r is {rank!r:.80} and lora_alpha {alpha!r:.80}, expected numbers above 0")
+    dropout = written.get("lora_dropout") or 0.0
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise FormatError(f"{where}: lora_dropout is {dropout!r:.80}, expected a number from 0 to below 1")
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(written.get(key) or {}, dict):
-            raise FormatError(f"{where}: {key} is {written[key]!r}, expected an object")
+            raise FormatError(f"{where}: {key} is {written[key]!r:.80}, expected an object")
     return rank, float(alpha)
 
 
@@ -249,7 +252,7 @@ def _pattern(written: Mapping[str, Any], key: str, module: str, default: float) 
     """A module's own rank or alpha: keys are ends of its name, as PEFT matches them where they are no expressions."""
     for end, value in (written.get(key) or {}).items():
         if f".{module}".endswith(f".{end}"):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise FormatError(f"{CONFIG}: {key} of {end} is {value!r}, expected a number above 0")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+                raise FormatError(f"{CONFIG}: {key} of {end!r:.80} is {value!r:.80}, expected a number above 0")
             return value
     return default

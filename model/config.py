@@ -12,6 +12,12 @@ POSITIONS = ("learned", "rope")
 NORMS = ("layernorm", "rmsnorm")
 MLPS = ("gelu", "swiglu")
 PER_LAYER = ("n_head", "n_kv_head", "mlp_dim")
+# The largest sizes that are believed: far above any published network's, and such that no product of two overflows.
+LARGEST = {
+    **dict.fromkeys(("block_size", "vocab_size", "padded_vocab_size"), 1 << 31),
+    **dict.fromkeys(("n_head", "n_kv_head", "head_dim", "n_embd"), 1 << 20),
+    "mlp_dim": 1 << 24, "n_layer": 10_000,
+}
 # The keys of `rope_scaling` by its "rope_type", under the names that published Llama configurations use.
 ROPE_SCALINGS = {
     "linear": {"factor"},
@@ -60,35 +66,40 @@ class GPTConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         for name in PER_LAYER:
             object.__setattr__(self, name, _one_or_per_layer(name, getattr(self, name), self.n_layer))
-        self._check_numbers()
         self._check_style()
         self._check_heads()
         if self.rope_scaling is not None:
-            object.__setattr__(self, "rope_scaling", dict(self.rope_scaling))
             _check_rope_scaling(self.rope_scaling, self.position)
+            object.__setattr__(self, "rope_scaling", dict(self.rope_scaling))
 
     def _check_numbers(self) -> None:
         for name in ("block_size", "vocab_size", "padded_vocab_size", "n_layer", "head_dim", "n_embd"):
             value = getattr(self, name)
-            if not _is_int(value) or value < 1:
-                raise ValueError(f"{name} is {value!r}: give a whole number of at least 1")
+            if not _is_size(value, LARGEST[name]) or value < 1:
+                raise ValueError(f"{name} is {_shown(value)}: give a whole number from 1 to {LARGEST[name]:,}")
         if self.padded_vocab_size < self.vocab_size:
             raise ValueError(
                 f"padded_vocab_size {self.padded_vocab_size} is smaller than vocab_size {self.vocab_size}: "
                 f"give {padded_vocab(self.vocab_size)}"
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is {self.dropout!r}: give a probability from 0 to below 1")
+        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {_shown(self.dropout)}: give a probability from 0 to below 1")
         for name in ("norm_eps", "rope_theta"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: give a number above 0")
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 < value < 1e300:
+                raise ValueError(f"{name} is {_shown(value)}: give a number above 0")
 
     def _check_style(self) -> None:
         for name, choices in (("position", POSITIONS), ("norm", NORMS), ("mlp", MLPS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
+                raise ValueError(f"{name} is {_shown(value)}: choose one of {', '.join(choices)}")
+        for name in ("qkv_bias", "o_bias", "mlp_bias", "norm_bias", "qk_norm", "tie_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {_shown(getattr(self, name))}: give true or false")
         if self.norm == "rmsnorm" and self.norm_bias:
             raise ValueError("norm 'rmsnorm' has no bias: set norm_bias to False")
         if self.position == "rope" and self.head_dim % 2:
@@ -139,20 +150,30 @@ def padded_vocab(vocab_size: int) -> int:
 def check_known(names: Iterable[str], known: list[str], what: str) -> None:
     """ValueError for the first of `names` that is not in `known`, with the nearest that is."""
     for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise ValueError(f"unknown {what} {name!r}: did you mean {near[0]!r}?")
+        if not isinstance(name, str) or name not in known:
+            near = difflib.get_close_matches(str(name)[:80], known, n=1, cutoff=0.0)
+            raise ValueError(f"unknown {what} {_shown(name)}: did you mean {near[0]!r}?")
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_size(value: Any, largest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= largest
+
+
+def _shown(value: object) -> str:
+    """A value in a message: on one line, and short."""
+    return " ".join(repr(value).split())[:80]
 
 
 def _one_or_per_layer(name: str, value: Any, n_layer: int) -> int | tuple[int, ...]:
     """`value` as an int or a tuple of n_layer ints that are not all equal."""
     sizes = tuple(value) if isinstance(value, (list, tuple)) else (value,) * n_layer
-    if not all(_is_int(size) and size >= 0 for size in sizes):
-        raise ValueError(f"{name} is {value!r}: give one whole number, or one per layer, none below 0")
+    if not all(_is_size(size, LARGEST[name]) for size in sizes):
+        asked = f"give one whole number, or one per layer, none below 0 or above {LARGEST[name]:,}"
+        raise ValueError(f"{name} is {_shown(value)}: {asked}")
     if len(sizes) != n_layer:
         raise ValueError(f"{name} lists {len(sizes)} layers, but n_layer is {n_layer}: give one number for each")
     return sizes[0] if len(set(sizes)) == 1 else sizes
@@ -161,15 +182,17 @@ def _one_or_per_layer(name: str, value: Any, n_layer: int) -> int | tuple[int, .
 def _check_rope_scaling(scaling: Mapping[str, Any], position: str) -> None:
     if position != "rope":
         raise ValueError("rope_scaling is set, but position is not 'rope': drop it")
+    if not isinstance(scaling, Mapping) or not all(isinstance(key, str) for key in scaling):
+        raise ValueError(f"rope_scaling is {_shown(scaling)}: give its keys and their values")
     kind = scaling.get("rope_type")
-    if kind not in ROPE_SCALINGS:
-        raise ValueError(f"rope_scaling has rope_type {kind!r}: known are {', '.join(ROPE_SCALINGS)}")
+    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
+        raise ValueError(f"rope_scaling has rope_type {_shown(kind)}: known are {', '.join(ROPE_SCALINGS)}")
     keys = set(scaling) - {"rope_type"}
     if keys != ROPE_SCALINGS[kind]:
-        raise ValueError(f"rope_scaling {kind!r} takes {sorted(ROPE_SCALINGS[kind])}, found {sorted(keys)}")
+        raise ValueError(f"rope_scaling {kind!r} takes {sorted(ROPE_SCALINGS[kind])}, found {_shown(sorted(keys))}")
     for key in keys:
-        if isinstance(scaling[key], bool) or not isinstance(scaling[key], (int, float)) or not scaling[key] > 0:
-            raise ValueError(f"rope_scaling has {key} {scaling[key]!r}: give a number above 0")
+        if not _is_number(scaling[key]) or not 0 < scaling[key] < 1e300:
+            raise ValueError(f"rope_scaling has {key} {_shown(scaling[key])}: give a number above 0")
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise ValueError("rope_scaling has high_freq_factor <= low_freq_factor: give a larger high_freq_factor")
 

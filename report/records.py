@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ NUMBERED = re.compile(r"model_(\d{5,})\.pt")
 # A point counts as a spike where it lies this far above the median of the points before it: so many median deviations
 # of theirs, and so much of the median itself, for a smooth curve has deviations of nearly nothing.
 SPIKE_WINDOW, SPIKE_DEVIATIONS, SPIKE_FACTOR = 20, 8.0, 1.5
+MAX_SETTINGS = 1 << 18  # bytes; parsing takes some seconds for each megabyte
 MAX_WARNINGS = 20  # lines; a run that warns at each evaluation is told so once, with the steps
 
 
@@ -78,10 +80,16 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
     if not path.exists():
         return {}
+    if path.stat().st_size > MAX_SETTINGS:
+        raise ValueError(f"{path}: {path.stat().st_size:,} bytes are too many for a run's settings; move it away")
     try:
-        settings = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}; mend it or move it away") from None
+        text = path.read_text("utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise yaml.YAMLError("it has an alias (*name), and no run writes one")  # ten of them make a billion values
+        settings = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date with a 13th month, say
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path}: not valid YAML: {reason}; mend it or move it away") from None
     if not isinstance(settings, dict):
         raise ValueError(
             f"{path}: expected `name: value` lines, found {type(settings).__name__}; mend it or move it away"
@@ -163,7 +171,7 @@ def spikes(values: Sequence[float]) -> list[int]:
 
 def is_finite(value: object) -> bool:
     """Whether it is a number of the usual kind."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _at_steps(steps: Sequence[int]) -> str:

@@ -106,6 +106,8 @@ def _check_vote(vote: Any, columns: int, rows: int, where: str) -> None:
         raise ValueError(
             f"{where}: `shown` is {str(shown)[:40]!r}, expected different columns, each 0 to {columns - 1}"
         )
+    if "choice" not in vote:
+        raise ValueError(f"{where}: has no `choice`, expected one of {shown} or null")
     if choice is not None and not (_is_index(choice, columns) and choice in shown):
         raise ValueError(f"{where}: `choice` is {str(choice)[:40]!r}, expected one of {shown} or null")
 

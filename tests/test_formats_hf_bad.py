@@ -84,8 +84,9 @@ def test_gpt2_with_another_fused_width(made, tmp_path):
 
 def test_a_config_that_lies_about_sizes_costs_nothing(folder):
     for changes, message in [
-        ({"hidden_size": 1 << 30, "num_attention_heads": 4}, "has shape"),
-        ({"intermediate_size": 1 << 30}, "has shape"),
+        ({"hidden_size": 1 << 30, "num_attention_heads": 4}, "n_embd is 1073741824"),
+        ({"hidden_size": 1 << 20, "num_attention_heads": 4}, "has shape"),
+        ({"intermediate_size": 1 << 24}, "has shape"),
         ({"num_hidden_layers": 10_000}, "lacks the tensor layers.3"),
         ({"num_hidden_layers": 1_000_000}, "from 1 to 10000"),
         ({"num_hidden_layers": 2}, "which a model of its config.json does not have"),
