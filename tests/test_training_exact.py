@@ -210,9 +210,8 @@ def test_a_run_that_goes_on_with_other_processes_ends_with_the_same_bits(tmp_pat
     for life in run.live_together(ranks=2, parallel="zero1"):
         assert life.code == 0, life.describe()
     assert [life.began_after for life in run.lives] == [-1, 0, 2]
-    assert "re-seeded" not in log(run.folder) and "another number of threads (1 in each process) does" in log(
-        run.folder
-    )
+    text = log(run.folder)
+    assert "re-seeded" not in text and "another number of threads (1 in each process) does" in text
     whole = lived(pretraining, tmp_path / "whole", 1)
     found = [difference for difference in unlike(run, whole) if not difference.endswith("settings.parallel")]
     assert not found
