@@ -254,13 +254,15 @@ class _Run:
         step = progress.step if start.in_folder else None
         new_course = self.settings.checkpoint_path is not None and self.detour is None
         self.folder.spare = plan.saves if self.settings.spike_guard else None
-        if self.folder.held:  # on other machines too: a run must not go on some day from what is left of an earlier one
+        config = to_yaml(resolved(self.settings, plan)).encode()
+        if self.settings.auto_resume and step is None and self.folder.held and self.folder.begins_again(config):
+            self.folder.clear_records()
+        elif self.folder.held:  # on other machines too: a run must not go on some day from what an earlier one left
             self.folder.set_aside(step, self.say, new_course)
         if self.here.is_main:
             self.folder.prune(self.settings.keep_last_n_checkpoints)  # a kill may have come between rename and removal
             self.console.open_log(self.folder.path / "training.log")
-            text = to_yaml(resolved(self.settings, plan)).encode()
-            write_durably(self.folder.path / "config.yaml", lambda file: file.writelines([text]))
+            write_durably(self.folder.path / "config.yaml", lambda file: file.writelines([config]))
             self.folder.write_status("running", step=progress.step)
 
     def _runtime(self) -> Runtime:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -184,6 +185,21 @@ class RunFolder:
         what = "an earlier run" if after_step is None else f"checkpoints later than step {after_step}"
         hint = hint if after_step is None else ""
         say(f"{self.path} held {what}: moved to {aside} ({len(files)} files){hint}.")
+
+    def begins_again(self, config: bytes) -> bool:
+        """Whether what is here is of a run with this config.yaml, broken off before its first checkpoint: it will do
+        all of that once more, to the same bits. Nothing is moved aside then, or a job that is struck again and again
+        would leave a heap.
+        """
+        path = self.path / "config.yaml"
+        same = path.is_file() and path.read_bytes() == config
+        return same and not self.checkpoints() and not (self.path / "final.pt").exists()
+
+    def clear_records(self) -> None:
+        """Remove the records of a run that begins again; its log goes on, best.pt stays until the next."""
+        for name in ("metrics.jsonl", "samples.jsonl", "curves.png", "run.html"):
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
 
     def how_to_go_on(self, here: bool) -> str:
         """For whoever reads that the run was broken off: what is saved, and how to use it. `here`: on this disk."""
