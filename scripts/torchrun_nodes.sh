@@ -12,7 +12,7 @@ set -euo pipefail
 : "${MASTER_PORT:=29500}"
 : "${NPROC:=auto}"              # processes on this machine: a number, or one for each GPU
 : "${RDZV:=static}"             # static or c10d
-: "${NODE_RANK:=}"              # 0 for MASTER_ADDR; the others 1, 2, ...; of no matter with c10d, but for 0
+: "${NODE_RANK:=${SLURM_NODEID:-}}" # 0 for MASTER_ADDR; the others 1, 2, ...; with c10d any number but 0
 : "${IFNAME:=}"                 # network interface to use, where the machine has several
 : "${PYTHON:=python}"
 # c10d only
