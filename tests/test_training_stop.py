@@ -149,6 +149,16 @@ def test_a_stop_while_a_checkpoint_is_written_beside_the_steps(moment: str, tmp_
     check_finish(run)
 
 
+def test_sigusr1_saves_after_the_step_and_goes_on(tmp_path: Path) -> None:
+    run = pretraining(tmp_path / "run", keep_last_n_checkpoints=0)
+    life = run.live(*(Strike(at, signal=signal.SIGUSR1) for at in ("micro 1:*", "micro 4:*", "eval 1@4", "token 0@4")))
+    assert life.code == 0 and life.summary["finished"], life.describe()
+    assert run.steps_on_disk() == [1, 3, 4, 5, 6, 7], "of steps 1, 4 and the one after the evaluation of 4 besides"
+    for step in run.steps_on_disk():
+        assert not checkpoint_differences(run.checkpoint(step), every_step_saved(run).checkpoint(step))
+    assert not differences(run.folder, uninterrupted(run).folder)
+
+
 def test_a_stop_in_the_first_step_after_resuming_into_another_folder_saves_there(tmp_path: Path) -> None:
     first, second = pretraining(tmp_path / "first"), pretraining(tmp_path / "second")
     stop_at(first, "micro 5:*", signal.SIGTERM)
@@ -221,6 +231,8 @@ def whole_of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_all_processes_stop_at_the_same_step_when_one_gets_the_signal(whole_of_two_ranks: Run, tmp_path: Path) -> None:
     run = two_ranks(tmp_path / "run")
+    lives = run.live_together(Strike("micro 1:*", signal=signal.SIGUSR1, rank=1), Strike("micro 2:*"), ranks=2)
+    assert lives[0].killed and run.steps_on_disk() == [1], "SIGUSR1 to any process saves"
     moments = (("micro 2:*", 1), ("eval 1@4", 1), ("token 0@4", 0), ("micro 6:*", 0))
     for number, (moment, rank) in enumerate(moments):
         lives = run.live_together(Strike(moment, signal=SIGNALS[number % 2], rank=rank), ranks=2)

@@ -19,7 +19,7 @@ import pytest
 from tests.lives import Run, differences, records
 from tests.test_training_stop import script, start
 from training.peers import _born
-from training.run_folder import RunFolder
+from training.run_folder import RunFolder, lock_file
 
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 STEPS, INTERVAL, KILLS = 160, 4, 20
@@ -83,6 +83,15 @@ def wait_for_death(pids: dict[int, int], born: dict[int, str], seconds: float) -
         time.sleep(0.01)
 
 
+def wait_for_lock(folder: Path, seconds: float) -> None:
+    """Nobody holds it any more; the last thread of a killed process may be in the middle of a write."""
+    until = time.monotonic() + seconds
+    while (lock := lock_file(folder / ".lock")) is None:
+        assert time.monotonic() < until, "a dead run holds its folder"
+        time.sleep(0.01)
+    lock.close()
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     job = Job(tmp_path_factory.mktemp("torchrun") / "whole")
@@ -94,12 +103,12 @@ def test_20_sigkills_of_either_rank_of_both_and_of_the_agent(whole: Run, tmp_pat
     chance = random.Random(7)
     kinds = ["rank 0"] * 6 + ["rank 1"] * 6 + ["both"] * 5 + ["agent"] * 3
     chance.shuffle(kinds)
-    job, redone, named = Job(tmp_path / "run", restarts=100), 0, 0
+    job, redone = Job(tmp_path / "run", restarts=100), 0
     for number, kind in enumerate(kinds[:KILLS]):
         begun = len(job.resumed_from())
-        before = job.run.newest
-        job.wait_until(lambda before=before: job.run.newest > before or job.last_step() > before + INTERVAL)
-        time.sleep(chance.uniform(0, 0.4))
+        before, steps = job.run.newest, chance.randrange(INTERVAL)
+        job.wait_until(lambda before=before, steps=steps: job.last_step() >= job.run.newest + steps > before + steps)
+        time.sleep(chance.uniform(0, 0.1))
         workers = job.workers()
         born = {pid: _born(pid) for pid in workers.values()}
         assert set(workers) == {0, 1}, f"kill {number}: {workers}"
@@ -112,9 +121,7 @@ def test_20_sigkills_of_either_rank_of_both_and_of_the_agent(whole: Run, tmp_pat
         if kind == "agent":
             job.agent.wait()
             wait_for_death(workers, born, seconds=5)
-            folder = RunFolder(job.run.folder)
-            folder.open()  # nobody holds it any more
-            folder.close()
+            wait_for_lock(job.run.folder, seconds=5)
             job.start()
         job.wait_until(lambda begun=begun: len(job.resumed_from()) > begun)
         assert job.resumed_from()[-1] >= saved

@@ -85,6 +85,7 @@ class Trainer:
         self.loader, self.val_set = loader, val_set
         self.progress, self.saver, self.recorder = progress, saver, recorder
         self.console, self.stop, self.unfreezing, self.guard = console, stop, unfreezing, guard
+        self._save_wished = False  # by SIGUSR1 to any process
         if runtime.compile:
             parallel.compile()
         model.train(objective.dropout)  # before the first evaluation, which a preference makes as it stands
@@ -174,7 +175,9 @@ class Trainer:
         # On a GPU the host waits here.
         columns = [[float(loss) for loss in losses], *([float(each[name]) for each in metrics] for name in names)]
         loss_sum, *totals = here.total(*columns)  # on a GPU the host has waited for it
-        (broken,) = here.max(float(not math.isfinite(loss_sum) or not self._usable(norm)))
+        unusable = not math.isfinite(loss_sum) or not self._usable(norm)
+        broken, wished = here.max(float(unusable), float(self.stop.take_wish_to_save()))
+        self._save_wished |= wished > 0
         fault = ""
         if broken:
             fault = culprits(here, self.loader, dict(zip(order, map(float, losses))), self._samples[1], self.model)
@@ -298,7 +301,8 @@ class Trainer:
             self.recorder.log(record)
         self.recorder.step_done(record, progress)
         self.saver.remember(progress, self.loader.state(), rng_state())
-        if plan.saves(step):
+        if plan.saves(step) or self._save_wished:
+            self._save_wished = False
             self.recorder.flush_to_disk()
             self.saver.save(required=plan.is_last(step))
         return True

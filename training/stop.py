@@ -1,4 +1,6 @@
-"""SIGTERM and SIGINT: remember the wish; the loop acts on it at the next micro-batch. No handler saves anything."""
+"""SIGTERM and SIGINT: remember the wish; the loop acts on it at the next micro-batch. SIGUSR1: save after this step and
+go on. No handler saves anything.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,11 @@ FORWARDED_S = 3.0
 
 
 class StopRequest:
-    """Context manager that turns SIGTERM and SIGINT into a flag; a second, later signal ends the process at once."""
+    """Context manager that turns signals into flags; a second, later one to stop ends the process at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._save = False
         self._first_at = 0.0
         self._previous: dict[int, object] = {}
 
@@ -28,6 +31,14 @@ class StopRequest:
     def name(self) -> str:
         """Of the signal, for messages."""
         return signal.Signals(self.signal).name if self.signal is not None else "another process"
+
+    def take_wish_to_save(self) -> bool:
+        """Whether SIGUSR1 came since this was last asked."""
+        wished, self._save = self._save, False
+        return wished
+
+    def _handle_save(self, number: int, frame: FrameType | None) -> None:
+        self._save = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
@@ -54,6 +65,8 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():  # signal.signal works nowhere else
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)
+            if hasattr(signal, "SIGUSR1"):  # not on Windows
+                self._previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._handle_save)
         return self
 
     def __exit__(
