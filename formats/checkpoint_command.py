@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from formats.checkpoint import has_digest, is_full, load_checkpoint, payload_bytes, payload_masks
+from formats.errors import printable
 
 USAGE = """usage: python -m formats.checkpoint verify FILE...   is each file whole, by its digest?
        python -m formats.checkpoint show FILE...     what is in it
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return 0 if commands[name](*files) else 1
     except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 2 if name == "diff" else 1
 
 
@@ -44,7 +45,7 @@ def verify(*files: str) -> bool:
         try:
             payload = load_checkpoint(file)
         except (OSError, ValueError) as error:
-            print(error)
+            print(printable(str(error)))
             whole = False
         else:
             digest = "digest matches" if has_digest(file) else "carries no digest: opened, not proved"

@@ -107,6 +107,8 @@ class Progress:
             if not fits(getattr(progress, name), hint):
                 shown = " ".join(repr(getattr(progress, name)).split())[:80]
                 raise ValueError(f"the checkpoint's progress is damaged: {name} is {shown}")
+        if progress.windows_per_step is not None and progress.windows_per_step < 1:
+            raise ValueError("the checkpoint's progress is damaged: its steps have no windows")
         if (progress.best_step is None) is not (progress.best_val_loss is None):
             raise ValueError("the checkpoint's progress is damaged: the best step and its loss do not go together")
         if not all(isinstance(value, (int, float, type(None))) for value in progress.last_record.values()):

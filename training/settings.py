@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
+from formats.errors import printable
 from training.aliases import ALIASES, CHOICES, IMPLIED, SECTIONS
 from training.peers import PeersLost
 
@@ -386,5 +387,5 @@ def run_script(
     except (ValueError, OSError) as error:
         if os.environ.get("ESPALIER_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
