@@ -315,7 +315,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=256, columns=names):
                 for row in batch.to_pylist():
                     yield f"{path}: row {next(number)}", row
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter: text of bytes that are none
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: not a Parquet file that can be read ({reason})") from None
 

@@ -111,5 +111,5 @@ def put_on(model: GPT, payload: Mapping[str, Any], path: Path) -> GPT:
         apply_method(model, entry["method"], settings, fresh=False)
         load_adapter_state(model, payload["model"])
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {' '.join(str(error).split())[:300]}") from None
     return model

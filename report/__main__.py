@@ -16,6 +16,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from report.page import show_controls
+
 COMMANDS = ("serve", "votes")
 
 
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("ESPALIER_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {show_controls(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
