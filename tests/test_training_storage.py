@@ -1,10 +1,11 @@
-"""Disks that fail: the last checkpoint stays whole, a line says why, the next interval tries again, but not for ever."""
+"""Disks that fail: the last checkpoint stays whole, a line says why, the next interval tries again, not for ever."""
 
 from __future__ import annotations
 
 import errno
 import os
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,7 +69,7 @@ def failing_disk(fails: Callable[[str], bool], code: int, room: int = 20_000) ->
         tried.append(name)
         if not room:
             raise OSError(code, os.strerror(code), str(path))
-        return _Failing(open(path, mode, **more), room, code)  # noqa: SIM115 -- closed by whoever asked for it
+        return _Failing(open(path, mode, **more), room, code)
 
     with mock.patch("formats.checkpoint.open", opened, create=True):
         yield tried
@@ -193,6 +194,39 @@ def test_old_checkpoints_that_cannot_be_removed_do_not_make_a_save_a_failure(tex
         assert train(text, tmp_path, **EVERY)["finished"]
     assert "Older checkpoints not removed: [Errno 5]" in log(tmp_path) and not failures(tmp_path)
     assert 11 in steps_on_disk(tmp_path)
+
+
+# -- a disk that is full in earnest ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte: three checkpoints and a half."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount: {mounted.stderr.decode().strip()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_small_disk_fills_up_and_is_made_room_on(small_disk: Path, text: Path, whole: Path) -> None:
+    folder = small_disk / "run"
+    every = {**EVERY, "keep_last_n_checkpoints": 0}
+    with pytest.raises(OSError, match=r"model_0000\d\.pt: disk full: about 0\.2 MB needed, 0\.\d MB free"):
+        train(text, folder, **every)
+    kept = steps_on_disk(folder)
+    assert kept == list(range(1, len(kept) + 1)) and 2 <= len(kept) <= 5
+    assert len(failures(folder)) == MAX_FAILED_IN_A_ROW - 1 and not list(folder.glob(".tmp-*"))
+    assert all(load_checkpoint(file, require_digest=True) for file in folder.glob("model_*.pt"))
+    assert len(records(folder)) == kept[-1] + MAX_FAILED_IN_A_ROW + 1, "records find room where checkpoints do not"
+    assert train(text, folder, **{**every, "keep_last_n_checkpoints": 1}, auto_resume=True)["finished"]
+    assert steps_on_disk(folder) == [11] and losses(folder) == losses(whole)
 
 
 # -- the records -----------------------------------------------------------------------------------------------------
