@@ -276,8 +276,8 @@ class Loader:
         parts = [part for window in windows for part in self._plan.cut.parts(window)]
         numbers = dict.fromkeys(part.number for part in parts)  # each once, in order
         files = dict.fromkeys(name for part in parts for name in self.tokens.files(part.start, part.stop))
-        noun = self._plan.cut.noun + ("s" if len(numbers) > 1 else "")
-        return f"samples {_listed(samples)}, {noun} {_listed(list(numbers))} of {_listed(list(files))}"
+        named = f"{_counted('sample', samples)}, {_counted(self._plan.cut.noun, list(numbers))}"
+        return f"{named} of {_listed(list(files))}"
 
     def describe(self) -> str:
         """One line on what is trained on."""
@@ -340,6 +340,10 @@ def cut_windows(
     if tokens.meta["kind"] != "text":
         return RecordWindows(tokens, block_size, packing, max_samples, seed)
     return TextWindows(tokens, block_size, max_samples)
+
+
+def _counted(noun: str, numbers: Sequence[int]) -> str:
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {_listed(numbers)}"
 
 
 def _listed(values: Sequence[object], most: int = 8) -> str:

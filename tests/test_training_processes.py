@@ -150,7 +150,7 @@ def test_a_loss_not_finite_on_one_process_stops_both_before_the_step(launched: P
         assert "Step 3: loss nan is not finite; no process took the step" in process["error"]
         assert "samples 12..15 of" in process["error"], "the samples of all processes"
         found = re.findall(
-            r"rank (\d), micro-batch (\d): samples (\d+), window \d+ of train_\d+\.bin", process["error"]
+            r"rank (\d), micro-batch (\d): sample (\d+), window \d+ of train_\d+\.bin", process["error"]
         )
         assert found == [("1", "1", "15")], "and whose it was, on both"
     assert steps_on_disk(launched / "nan") == [2] and status(launched / "nan") == "failed"
