@@ -142,8 +142,10 @@ def test_20_sigkills_of_either_rank_of_both_and_of_the_agent(whole: Run, tmp_pat
 def test_a_signal_to_the_agent_and_a_process_that_hangs(whole: Run, tmp_path: Path) -> None:
     job = Job(tmp_path / "run", "--dist_timeout", "5")
     job.wait_until(lambda: job.run.newest >= INTERVAL)
+    at = time.monotonic()
     job.agent.terminate()
     assert job.agent.wait(30) == 1, "torchrun's own code for a signal, whatever its processes say"
+    assert time.monotonic() - at < 10, "a micro-batch, the save, and 5 s"
     stopped = job.run.newest
     assert job.run.status() == {"state": "stopped", "step": stopped}
     assert f"Stopped by SIGTERM after step {stopped}" in job.output
