@@ -20,11 +20,13 @@ def main(settings: EvaluateSettings) -> None:
     from evaluation.evaluate import evaluate, files_beside
     from report.files import write_json
     from report.terminal import predictions, results_table
-    from training.distributed import close_distributed, setup_distributed
+    from training.distributed import TIMEOUT, close_distributed, setup_distributed
+    from training.watch_peers import watched_peers
 
     here = setup_distributed(settings.device)
     try:
-        results = evaluate(settings, here.device, say=print, processes=here)
+        with watched_peers(here, TIMEOUT.total_seconds(), "{}. Nothing was written: evaluate again".format):
+            results = evaluate(settings, here.device, say=print, processes=here)
     finally:
         close_distributed(here)
     if not here.is_main:

@@ -171,11 +171,11 @@ def setup_distributed(device: str = "auto", timeout_s: float = TIMEOUT.total_sec
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     chosen = choose_device(device, local_rank)
+    die_with_launcher()
     if world_size == 1:
         return Dist(device=chosen)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    die_with_launcher()
     wait = max(TIMEOUT, timedelta(seconds=timeout_s))
     try:
         if not dist.is_initialized():
