@@ -236,6 +236,27 @@ def test_errors_of_an_exchange_are_told_from_others() -> None:
     assert not is_failed_exchange(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
+def test_a_script_says_it_in_one_line_and_ends_with_exit_code_1() -> None:
+    # Also where something would keep a process from ending: a thread that waits for whoever is gone.
+    script = """
+import threading
+from training.peers import PeersLost
+from training.run_settings import TrainSettings
+from training.settings import run_script
+
+def main(settings):
+    threading.Thread(target=threading.Event().wait).start()
+    print("Step 3")
+    raise PeersLost("rank 1 (host a, pid 7) is gone. Saved up to step 3")
+
+run_script(main, TrainSettings, "", [])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (1, "Step 3\n")
+    assert ended.stderr == "error: rank 1 (host a, pid 7) is gone. Saved up to step 3\n"
+
+
 # -- orphans ---------------------------------------------------------------------------------------------------------
 
 WORKER = """

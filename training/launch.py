@@ -78,7 +78,6 @@ def _run(settings: RunSettings, watch: Watch | None = None) -> dict[str, Any]:
         if settings.plan:
             return show_plan(settings, here.device, here.world_size, console.say)
         last_words = partial(_last_words, here, folder, console)
-        # In this order: torchrun sends SIGTERM as soon as one process is gone, and who it was is still to be said.
         with StopRequest() as stop, watched_peers(here, settings.dist_timeout, last_words):
             here.from_main(folder.open)
             if here.local_rank == 0 and not here.is_main:

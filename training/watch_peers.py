@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from training.distributed import Dist
-from training.peers import ANSWER_S, Member, Peers, Store
+from training.peers import ANSWER_S, Member, Peers, PeersLost, Store
 
 T = TypeVar("T")
 
@@ -32,14 +33,19 @@ def watched_peers(here: Dist, timeout_s: float, last_words: Callable[[str], str]
     if here.world_size == 1:
         yield
         return
-    peers = _peers(here, timeout_s, last_words)
+    try:
+        peers = _peers(here, timeout_s, last_words)
+    except RuntimeError as error:
+        if is_failed_exchange(error):
+            raise PeersLost(last_words(f"a process was gone before they knew each other ({error})")) from error
+        raise
     try:
         yield
     except RuntimeError as error:
         if not is_failed_exchange(error):
             peers.leave(error)
             raise
-        lost = peers.explain()
+        lost = _undisturbed(peers.explain)
         peers.leave()  # as one who is not to blame
         _abort(here)
         raise lost from error
@@ -99,6 +105,17 @@ def in_time(work: Callable[[], T], seconds: float) -> T:
     if isinstance(result, RuntimeError):
         raise result
     return result
+
+
+def _undisturbed(work: Callable[[], T]) -> T:
+    """What `work` gives, whatever SIGTERM comes: torchrun sends one to all as soon as one process is gone."""
+    if threading.current_thread() is not threading.main_thread():
+        return work()
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        return work()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _abort(here: Dist) -> None:
