@@ -232,7 +232,7 @@ def sabotage(kind: str, watch: Watch) -> None:
     if kind == "rng":
         put(launch.rng, set_rng_state=lambda state: launch.rng.seed_everything(0))
     elif kind == "optimizer":
-        put(launch, load_optimizer_state=lambda model, optimizers, saved: None)
+        put(launch, load_optimizer_state=lambda model, optimizers, saved, parallel: None)
     elif kind == "loader":
         load_state = Loader.load_state
 
