@@ -30,6 +30,7 @@ import torch  # noqa: E402
 import report.curves as curves  # noqa: E402
 import report.run as pages  # noqa: E402
 import training.launch as launch  # noqa: E402
+import training.peers as peers  # noqa: E402
 import training.stop as stop  # noqa: E402
 from model.config import PRESETS  # noqa: E402
 from tests.life_watch import BlackBox, Watch, put, sabotage, watch_files, watch_training  # noqa: E402
@@ -59,6 +60,7 @@ def live(request: dict[str, Any], rank: int, box: BlackBox) -> int:
     for kind in request["sabotage"]:
         sabotage(kind, watch)
     put(stop, FORWARDED_S=request["forwarded_s"])
+    put(peers, BEAT_S=0.25, SILENT_S=1.0)  # who is dead is found out in less time
     if not request["plots"]:  # a picture takes as long as the rest of a life
         put(curves, plot_curves=lambda folder: (folder / "curves.png").write_bytes(b""))
         put(pages, run_page=lambda folder: (folder / "run.html").write_bytes(b""))
