@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ class Cable:
 
     def __exit__(self, *_: object) -> None:
         for number in (0, 1):
-            self.cut_power(number)
+            self.kill(number)
         for process in self._started:
             process.wait()
         for name in self.names:
@@ -64,13 +66,21 @@ class Cable:
         return process
 
     def cut_power(self, number: int) -> None:
+        """The machine is gone, and says nothing: no connection of its is closed."""
+        _ip("-n", self.names[number], "link", "set", self.interfaces[number], "down")
+        self.kill(number)
+
+    def kill(self, number: int) -> None:
         """SIGKILL for all that runs on a machine."""
+        while pids := self._pids(number):  # one may have been starting another
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+
+    def _pids(self, number: int) -> list[int]:
         found = subprocess.run(["ip", "netns", "pids", self.names[number]], capture_output=True, text=True)
-        for pid in found.stdout.split():
-            try:
-                os.kill(int(pid), signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        return [int(pid) for pid in found.stdout.split()]
 
 
 def _ip(*words: Any) -> None:

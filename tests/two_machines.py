@@ -30,6 +30,7 @@ SETTINGS |= {"dropout": 0.0, "max_lr": 1e-2, "eval_interval": 2, "checkpoint_int
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"load_best_model_at_end": True},
     "lora": {"finetune_method": "lora", "lora_r": 4, "lora_dropout": 0.0},
+    "adapter": {"finetune_method": "lora", "adapter": "lora/best.pt"},
     "distill": {"objective": "distill", "teacher": "teacher.pt"},
     "dpo": {"objective": "dpo", "data_dir": "pairs", "max_lr": 1e-3},
 }
