@@ -7,6 +7,7 @@ import json
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from tests.tiny_checkpoints import save_tiny, tiny_model
 from training.objectives.grpo import GRPO
 from training.objectives.reference import Reference
 from training.objectives.rewards import FORM, RewardError, arithmetic, load_reward, rate
+from training.progress import Progress
 from training.run_settings import FinetuneSettings
 from training.stop import StopRequest
 
@@ -227,6 +229,14 @@ def test_the_reward_rises_and_is_logged(sums: Path, start: Path, tmp_path: Path)
     assert made[-1]["val_reward/mean"] == -made[-1]["val_loss"] > -made[0].get("val_loss_before", 0.0)
     text = log(tmp_path)
     assert "Objective: grpo, reward" in text and "| reward/mean " in text and "Eval reward/mean:" in text
+
+
+def test_a_reward_below_its_best_beside_a_falling_loss_is_no_overfitting(
+    sums: Path, start: Path, tmp_path: Path
+) -> None:
+    with mock.patch.object(Progress, "see_validation", lambda *_: (False, True)):  # what supervised training warns of
+        tune(sums, tmp_path, start, **{**GRPO_RUN, "max_steps": 2, "eval_interval": 1})
+    assert "Eval reward/mean:" in log(tmp_path) and "Overfitting" not in log(tmp_path)
 
 
 def test_lora_is_held_by_its_base(sums: Path, start: Path, tmp_path: Path) -> None:

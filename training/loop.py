@@ -346,7 +346,7 @@ class Trainer:
         """Keep the best, warn of over-fitting."""
         improved, overfits = self.progress.see_validation(validation.loss, self.plan.patience_threshold)
         self.recorder.validation(self.progress, validation, improved)
-        if overfits:
+        if overfits and self.objective.comparable:
             self.progress.overfitting_warned = True
             self.console.say("Warning: Overfitting detected (validation loss above its best, training loss falling)")
         if improved:

@@ -34,7 +34,7 @@ class Distillation:
 
     unit: Unit = "window"
     counts = "supervised_tokens"
-    updates, dropout, new_tokens = 1, True, 0
+    updates, dropout, new_tokens, comparable = 1, True, 0, True
 
     def __init__(self, settings: FinetuneSettings, model: GPT, teacher: GPT, name: str) -> None:
         for flag, limit in (("distill_hard", 1.0), ("distill_hidden", float("inf"))):

@@ -42,7 +42,7 @@ class DPO:
     unit: Unit = "pair"
     counts = "pairs"
     metrics: tuple[str, ...] = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
-    updates, dropout, new_tokens = 1, False, 0
+    updates, dropout, new_tokens, comparable = 1, False, 0, True
 
     def __init__(self, settings: FinetuneSettings, model: GPT, reference: Reference, stop: StopRequest) -> None:
         if not settings.dpo_beta > 0:

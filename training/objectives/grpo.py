@@ -56,7 +56,7 @@ class GRPO:
         "reward/mean", "reward/std_in_group", "groups/without_signal", "completions/length", "completions/cut",
         "policy/kl", "policy/clipped",
     )  # fmt: skip
-    dropout = False
+    dropout, comparable = False, False  # a loss of advantages, which have mean 0, says nothing of the reward
 
     def __init__(
         self,

@@ -28,6 +28,7 @@ class Objective(Protocol):
     dropout: bool  # whether the network drops out while it trains
     beside: GPT | None  # a frozen network that it compares with
     new_tokens: int  # room that a sample leaves in the context for what is generated
+    comparable: bool  # whether validation measures what training lowers: else a gap between them is no over-fitting
 
     def describe(self) -> str | None:
         """One line for the summary at the start, if there is something to say."""
@@ -54,7 +55,7 @@ class Supervised:
     unit: Unit = "window"
     counts = "supervised_tokens"
     metrics: tuple[str, ...] = ()
-    updates, dropout, new_tokens = 1, True, 0
+    updates, dropout, new_tokens, comparable = 1, True, 0, True
     beside = None
 
     def __init__(self, model: GPT) -> None:
