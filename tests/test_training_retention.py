@@ -27,7 +27,7 @@ def read(file: str | Path, *, require_digest: bool = False) -> dict[str, Any]:
         verdict, step = stream.read().split()
     if verdict != "whole":
         raise ValueError(f"{file}: is damaged")
-    return {**dict.fromkeys(TRAINING_KEYS, {}), "step": int(step)}
+    return {**{key: {} for key in TRAINING_KEYS}, "step": int(step)}
 
 
 @pytest.fixture
