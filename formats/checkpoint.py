@@ -42,6 +42,8 @@ MAY_PASS = {
     errno.ESTALE: "stale file handle",
 }
 
+_LONGEST_NAME = 200  # characters, of a weight; those of networks have 40
+
 # Of what kind the entries are that a file may have, where they are there and not None.
 _ENTRIES: dict[str, type | tuple[type, ...]] = {
     "step": int,
@@ -217,7 +219,7 @@ def load_checkpoint(path: str | Path, *, require_digest: bool = False) -> dict[s
         if not isinstance(payload.get(key), dict):
             raise ValueError(f"{path}: is not a checkpoint of this project: it holds no {key}")
     for name, value in payload["model"].items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+        if not isinstance(name, str) or len(name) > _LONGEST_NAME or not isinstance(value, torch.Tensor):
             raise ValueError(f"{path}: its weight {name!r:.80} is no tensor under a name")
     _check_entries(payload, path)
     masks = payload_masks(payload, path)
@@ -251,10 +253,12 @@ def payload_masks(payload: Mapping[str, Any], path: str | Path) -> Masks:
         raise ValueError(f"{path}: its masks are a {type(entry).__name__}, expected a dict by name of weight")
     masks = {}
     for name, spec in entry.items():
+        if not isinstance(name, str) or len(name) > _LONGEST_NAME:
+            raise ValueError(f"{path}: its mask {name!r:.80} is of no weight")
         try:
             masks[name] = Mask.from_spec(spec)
         except ValueError as error:
-            raise ValueError(f"{path}: the mask of {str(name)[:80]} cannot be used: {error}") from None
+            raise ValueError(f"{path}: the mask of {name} cannot be used: {error}") from None
     return masks
 
 

@@ -62,7 +62,7 @@ class Mask:
         """bool (out, in), True where the weight is kept."""
         if self.block == (1, 1):
             return self.bits
-        (out, into), (rows, columns) = self.shape, self.block
+        (out, into), (rows, columns) = self.shape, map(min, self.block, self.shape)  # a block may be larger
         tall = self.bits.repeat_interleave(rows, dim=0)[:out]  # (out, block columns)
         return tall.repeat_interleave(columns, dim=1)[:, :into]
 
@@ -237,7 +237,7 @@ def _masked_weights(model: nn.Module, masks: Mapping[str, Mask]) -> Iterator[tup
 
 def _two_sizes(name: str, value: Any) -> tuple[int, int]:
     sizes = tuple(value) if isinstance(value, (tuple, list)) else ()
-    if len(sizes) != 2 or any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in sizes):
+    if len(sizes) != 2 or not all(type(size) is int and 1 <= size < 1 << 31 for size in sizes):
         raise ValueError(
             f"a mask's {name} is {' '.join(repr(value).split())[:80]}: give two whole numbers of at least 1"
         )

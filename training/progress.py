@@ -9,7 +9,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from training.settings import fits
+from formats.kinds import fits
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import tyro
 import yaml
 
 from formats.errors import printable
+from formats.kinds import fits
 from training.aliases import ALIASES, CHOICES, IMPLIED, SECTIONS
 from training.peers import PeersLost
 
@@ -338,20 +339,6 @@ def to_dict(settings: Any) -> dict[str, Any]:
 def takes(cls: type, name: str, value: Any) -> bool:
     """Whether a setting may have this plain value, as `to_dict` gives it."""
     return fits(value, typing.get_type_hints(cls)[name])
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value, as JSON has them, is of the kind that a type hint tells; whole numbers pass for floats."""
-    parts = typing.get_args(hint)
-    if typing.get_origin(hint) is typing.Literal:
-        return type(value) is str and value in parts
-    if typing.get_origin(hint) in (tuple, list):
-        return isinstance(value, (list, tuple)) and all(fits(part, parts[0]) for part in value)
-    if typing.get_origin(hint) is dict:
-        return isinstance(value, dict)
-    if parts:
-        return any(fits(value, part) for part in parts)
-    return type(value) in ((int, float) if hint is float else (hint,))
 
 
 def to_yaml(settings: Any) -> str:
