@@ -253,7 +253,7 @@ class Loader:
         if strange:
             raise ValueError(f"the saved loader state is damaged: {strange[0]} is a {type(state[strange[0]]).__name__}")
         changed = [
-            f"{name} was {str(state[name])[:80]} and is {now} now"
+            f"{name} was {' '.join(str(state[name]).split())[:80]} and is {now} now"
             for name, now in self._identity.items()
             if state[name] != now
         ]

@@ -56,7 +56,9 @@ def load_tokenizer(ref: str) -> Tokenizer:
 
 def tokenizer_from_spec(spec: dict[str, Any]) -> Tokenizer:
     """The tokenizer that `spec()` described. Raises ValueError for an unknown kind or another vocabulary than then."""
-    kind = spec.get("kind")
+    kind, names = spec.get("kind"), [spec.get("eot"), spec.get("bos")]
+    if not isinstance(kind, str) or not all(isinstance(name, (str, type(None))) for name in names):
+        raise ValueError("tokenizer specification: its kind, eot and bos are not all texts")
     if kind == "gpt2":
         tokenizer: Tokenizer = Gpt2Tokenizer()
     elif kind == "byte":
@@ -64,7 +66,7 @@ def tokenizer_from_spec(spec: dict[str, Any]) -> Tokenizer:
     elif kind == "bpe" and isinstance(spec.get("json"), str):
         tokenizer = BpeTokenizer(spec["json"], "the stored tokenizer", eot=spec.get("eot"), bos=spec.get("bos"))
     else:
-        raise ValueError(f"tokenizer specification: kind {kind!r} is unknown or incomplete, expected gpt2, byte or bpe")
+        raise ValueError(f"tokenizer specification: kind {kind!r:.40} is unknown or incomplete, expected gpt2, byte or bpe")
     expected = spec.get("fingerprint")
     if expected is not None and expected != tokenizer.fingerprint:
         raise ValueError(

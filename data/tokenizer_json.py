@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # What models that did not come from here call the end of text, most specific first.
 _USUAL_END_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+_RARE = "a \U0001f4a9\U00102345"  # characters that few vocabularies have
 _LARGEST_VOCABULARY = 1 << 24  # the largest published ones have 262,144 ids; a damaged file must not cost gigabytes
 
 
@@ -46,14 +47,24 @@ class BpeTokenizer(Tokenizer):
             )
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_tokens = {token.content: number for number, token in sorted(added.items()) if token.special}
-        content = json.loads(tokenizer_json)
-        self._pre_tokenizer, self._decoder = content.get("pre_tokenizer"), content.get("decoder")
-        self._usual = {"eot": _usual_eot(self.special_tokens), "bos": _first_token(content.get("post_processor"))}
+        self._read_components(json.loads(tokenizer_json), where)
         self._eot = self._usual["eot"] if eot is None else eot
         self._bos = self._usual["bos"] if bos is None else bos
         self.eot_id = self._id_of(self._eot, "end-of-text token", self.special_tokens, where)
         self.bos_id = self._id_of(self._bos, "token that begins a text", vocabulary, where) if self._bos else None
         self.may_cut = self._is_byte_level and not any(part.get("add_prefix_space") for part in self._pre_tokenizers)
+
+    def _read_components(self, content: dict[str, Any], where: str) -> None:
+        """What the library does not tell of the file. ValueError for forms that it takes and nobody writes."""
+        self._pre_tokenizer, self._decoder = content.get("pre_tokenizer"), content.get("decoder")
+        try:
+            first = _first_token(content.get("post_processor"))
+            for part in (*self._pre_tokenizers, *_parts(self._decoder, "decoders")):
+                part.get("type")
+            self._tokenizer.encode(_RARE)  # a token for unknown characters may itself be unknown
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{where}: not a tokenizer.json that can be used ({str(error)[:200]!r})") from None
+        self._usual = {"eot": _usual_eot(self.special_tokens), "bos": first}
 
     def _id_of(self, name: str, role: str, ids: dict[str, int], where: str) -> int:
         if name not in ids:

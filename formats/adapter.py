@@ -18,8 +18,11 @@ from typing import Any
 import torch
 
 from formats.checkpoint import payload_masks
+from formats.kinds import misfit
 from model.gpt import GPT
-from model.tuning import apply_method, load_adapter_state, settings_from_dict, settings_to_dict
+from model.tuning import apply_method, load_adapter_state, method_named, settings_from_dict, settings_to_dict
+
+_LARGEST_UNSEEN = 4096  # of a size that need not show in the tensors: the network that made a prefix is folded away
 
 
 def is_adapter(payload: Mapping[str, Any]) -> bool:
@@ -71,7 +74,7 @@ def base_candidates(payload: Mapping[str, Any], path: Path) -> list[str]:
     base = payload.get("base")
     if not isinstance(base, dict) or not all(isinstance(base.get(key), str) for key in ("path", "name")):
         raise ValueError(f"{path}: is an adapter that does not name its base")
-    if not all(isinstance(base.get(key), (str, type(None))) for key in ("digest", "masks")):
+    if "digest" not in base or not all(isinstance(base.get(key), (str, type(None))) for key in ("digest", "masks")):
         raise ValueError(f"{path}: is an adapter whose base has a digest that is no text")
     return [str(path.parent / base["path"]), base["name"]]
 
@@ -107,9 +110,23 @@ def put_on(model: GPT, payload: Mapping[str, Any], path: Path) -> GPT:
     if not isinstance(entry, dict) or not isinstance(entry.get("settings"), dict):
         raise ValueError(f"{path}: is an adapter that does not tell its method and settings")
     try:
-        settings = settings_from_dict(entry["method"], entry["settings"])
+        method, values = entry["method"], entry["settings"]
+        _check_settings(method, values, payload["model"])
+        settings = settings_from_dict(method, values)
         apply_method(model, entry["method"], settings, fresh=False)
         load_adapter_state(model, payload["model"])
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())[:300]}") from None
     return model
+
+
+def _check_settings(method: str, values: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """ValueError for a setting of another kind, or a size that would make far more than the file holds."""
+    wrong = misfit(values, method_named(method).settings)
+    if wrong is not None:
+        raise ValueError(f"its {method} has {wrong} {values[wrong]!r:.80}")
+    largest = max([_LARGEST_UNSEEN, *(size for tensor in tensors.values() for size in tensor.shape)])
+    sizes = {**values, **values.get("lora", {})}
+    for name, value in sizes.items():
+        if type(value) is int and value > largest:
+            raise ValueError(f"its {method} has {name} {value}, its tensors are no larger than {largest:,}")

@@ -41,8 +41,8 @@ def to_compact(payload: Mapping[str, Any], masks: Masks, dtype: str = "f32") -> 
 def from_compact(payload: Mapping[str, Any], masks: Masks, path: str | Path) -> dict[str, Any]:
     """The payload as it was, in fp32 and in memory. ValueError naming `path` where masks and kept numbers disagree."""
     entry = payload[ENTRY]
-    if not isinstance(entry, dict) or entry.get("dtype") not in DTYPES:
-        raise ValueError(f"{path}: is stored compactly as {entry!r}, this version reads {', '.join(DTYPES)}")
+    if not isinstance(entry, dict) or str(entry.get("dtype")) not in DTYPES:
+        raise ValueError(f"{path}: is stored compactly as {entry!r:.80}, this version reads {', '.join(DTYPES)}")
     stored = payload["model"]
     unknown = [name for name in masks if name not in stored]
     if unknown:

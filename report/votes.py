@@ -80,7 +80,7 @@ def read_votes(path: str | Path) -> dict[str, Any]:
     if not isinstance(file, dict) or file.get("kind") != "votes":
         raise ValueError(f"{path}: is JSON of something else, expected the votes that a comparison page saves")
     if file.get("format") != 1:
-        raise ValueError(f"{path}: votes of format {file.get('format')!r}, this version reads format 1")
+        raise ValueError(f"{path}: votes of format {file.get('format')!r:.40}, this version reads format 1")
     kinds = {"title": str, "comparison": str, "checkpoints": list, "rows": int, "votes": list}
     for name, kind in kinds.items():
         if not isinstance(file.get(name), kind):
