@@ -24,6 +24,8 @@ from tests.parallel_processes import CASES, TALES, held, run, spied_trainers
 from tests.runs import log, losses, records, steps_on_disk, weights
 from tests.tiny import BYTES, pair_set, record_set, text_set
 from tests.tiny_checkpoints import tiny_model
+from training.plan import plan_memory
+from training.run_settings import FinetuneSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 # Rows that two processes do not share evenly, and a head of its own.
@@ -148,6 +150,10 @@ def test_each_process_has_half_of_what_is_shared_out(launched: Path) -> None:
         assert rank["full-zero1"]["optimizer"] == pytest.approx(4 * numbers, rel=0.1)
         assert rank["full-fsdp"] == {"parameters": 2 * numbers, "optimizer": 4 * numbers}
     assert sum(rank["full-zero1"]["optimizer"] for rank in both) == 8 * numbers
+    for way in ("ddp", "zero1", "fsdp"):
+        settings = FinetuneSettings(parallel=way, block_size=128, batch_size=1)  # type: ignore[arg-type]
+        plan = plan_memory(settings, tiny_model(block_size=128).config, world_size=2)
+        assert plan.optimizer == pytest.approx(both[0][f"full-{way}"]["optimizer"], rel=0.1), way
     odd = sum(weight.numel() for weight in load_checkpoint(launched / "odd.pt")["model"].values())
     assert sum(rank["odd-fsdp"]["parameters"] for rank in both) == 4 * odd
     assert both[0]["odd-fsdp"]["parameters"] > both[1]["odd-fsdp"]["parameters"], "31 rows are 16 and 15"

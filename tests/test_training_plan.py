@@ -25,7 +25,7 @@ from tests.tiny import BYTES, record_set
 from tests.tiny_checkpoints import save_tiny
 from training import launch
 from training.network import chosen_method
-from training.plan import plan_memory
+from training.plan import MemoryPlan, plan_memory
 from training.plan_report import largest_batch, savings
 from training.run_settings import FinetuneSettings, RunSettings, TrainSettings
 
@@ -243,6 +243,27 @@ def test_savings_are_differences_of_plans_and_the_largest_comes_first() -> None:
     }
     cheap = settings("qlora", batch_size=1, gradient_checkpointing=True)
     assert {flag.split()[0] for flag, _ in savings(cheap, config(), "cpu", 1)} <= {"--block_size"}
+
+
+def test_processes_share_out_what_their_way_says_and_nothing_else() -> None:
+    def plan(way: str, processes: int = 4, device: str = "cuda", **more: Any) -> MemoryPlan:
+        run = settings("full", parallel=way, dtype="float32", **more)
+        return plan_memory(run, config(), device, processes)
+
+    ddp, zero, fsdp = (plan(way) for way in ("ddp", "zero1", "fsdp"))
+    assert zero == dataclasses.replace(ddp, optimizer=ddp.optimizer // 4)
+    numbers, block = ddp.parameters, sum(weight.numel() for weight in GPT(config()).h[0].parameters())
+    outside = numbers - 4 * block
+    assert fsdp.optimizer == ddp.optimizer // 4 and fsdp.activations == ddp.activations
+    assert fsdp.weights == numbers + 4 * (2 * block + outside)
+    assert fsdp.gradients == numbers + 4 * max(block, outside)
+    assert plan("fsdp", grad_accum_steps=2).earlier_gradients == 4 * numbers, "few enough to stay whole"
+    offload = plan("fsdp", cpu_offload=True)
+    assert offload.optimizer == 0 and offload.weights == 4 * (2 * block + outside)
+    assert plan("fsdp", processes=1) == plan("zero1", processes=1) == plan("ddp", processes=1)
+    flags = {flag for flag, _ in savings(settings("full", parallel="ddp"), config(), "cuda", 4)}
+    assert {"--parallel zero1", "--parallel fsdp"} <= flags
+    assert "--cpu_offload" in dict(savings(settings("full", parallel="fsdp"), config(), "cuda", 4))
 
 
 def test_the_largest_batch_fits_and_twice_it_does_not() -> None:

@@ -30,7 +30,11 @@ def test_state_shrinks_by_what_is_sharded_and_traffic_stays_where_it_is() -> Non
     P = few["ddp"].parameters
     assert few["ddp"].memory == many["ddp"].memory
     assert few["zero1"].memory - many["zero1"].memory == pytest.approx(8 * P * (1 / 8 - 1 / 1024))
-    assert few["fsdp"].memory - many["fsdp"].memory == pytest.approx(16 * P * (1 / 8 - 1 / 1024))
+    # 16 bytes a parameter, or 12 where the peak is at the end of forward, where a small network's gradients are whole.
+    assert 12 * P - 4 <= (few["fsdp"].memory - many["fsdp"].memory) / (1 / 8 - 1 / 1024) <= 16 * P + 4
+    large = {gpus: plans(gpus, "1558M")["fsdp"] for gpus in (8, 1024)}
+    shrunk = 16 * large[8].parameters * (1 / 8 - 1 / 1024)
+    assert large[8].memory - large[1024].memory == pytest.approx(shrunk)
     assert few["hsdp"].memory == many["hsdp"].memory == few["fsdp"].memory
     assert few["ddp"].inside == pytest.approx(8 * P * 7 / 8) and few["ddp"].outside == 0
     assert many["ddp"].outside == pytest.approx(8 * P * 1023 / 1024) and many["ddp"].inside == 0

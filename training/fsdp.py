@@ -35,6 +35,7 @@ from training.distributed import Dist
 from training.gathering import gather_rows, rows_each
 from training.parallel import Parallel
 from training.runtime import Runtime
+from training.shares import adds_up_whole
 from training.stop import StopRequest
 
 
@@ -42,7 +43,7 @@ class FullySharded(Parallel):
     """Rows of each weight on each process, and of its gradient and its optimizer's state.
 
     `beside` is a frozen network that the objective compares with; it is spread too. `offload` keeps the rows in host
-    memory, where the optimizer steps them; gradients then travel with every micro-batch, for the memory's sake.
+    memory, where the optimizer steps them.
     """
 
     copies = True
@@ -131,10 +132,11 @@ class FullySharded(Parallel):
             network.reset_iter_state()
 
     def begin_micro_step(self, number: int, last: bool) -> None:
-        """Gradients are added up whole until the last micro-batch, then sent once."""
+        """Gradients are added up whole until the last micro-batch, then sent once; large ones are sent each time."""
         root = self.model
         assert isinstance(root, FSDPModule)
-        root.set_requires_gradient_sync(last or self.offload)
+        trainable = sum(parameter.numel() for parameter in root.parameters() if parameter.requires_grad)
+        root.set_requires_gradient_sync(last or not adds_up_whole(trainable, self.offload))
 
     @torch.no_grad()
     def mask_gradients(self) -> None:

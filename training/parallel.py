@@ -7,6 +7,7 @@ checkpoint holds. Nothing else in the project knows how many processes there are
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
@@ -123,9 +124,11 @@ class DataParallel(Parallel):
         device = self.here.device
         ids = [device.index] if device.type == "cuda" else None
         # Buffers are masks and quantised weights, the same everywhere: not sent before each forward.
-        self.network = DistributedDataParallel(
-            self.model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of the flag's next name, which torch 2.10 does not know
+            self.network = DistributedDataParallel(
+                self.model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
 
     def begin_micro_step(self, number: int, last: bool) -> None:
         """Gradients travel with the last micro-batch alone."""

@@ -19,6 +19,7 @@ head_dim, M = mlp_dim, V = rows of the head; f = 4 in float32, 2 under autocast:
     logits       those of one piece of the loss (see model/loss.py), or, where that is more, what one block's backward
                  holds for a moment (3 N M, SwiGLU 5 N M); the gradient of the stream (2 N C), and of the head where
                  another micro-batch's is there already
+    Several processes share some of this out, see training/shares.py.
 
     saving       a copy of weights that are saved and optimizer, where a large checkpoint is written beside the steps
     allocator    on a CPU under glibc, whose freed memory is kept for speed (see training/heap.py): 0.2 of what all
@@ -33,6 +34,7 @@ on a CPU only; for a GPU it is an estimate.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,8 +50,10 @@ from model.loss import chunk_rows
 from model.tuning import METHODS, apply_method, trainable_report
 from training.heap import heap_is_tuned, keeps_freed_memory
 from training.network import chosen_method
+from training.parallel import is_spread
 from training.run_settings import FinetuneSettings, RunSettings
 from training.saver import LARGE
+from training.shares import Share
 
 # Of what the blocks keep without gradient checkpointing: holes of the heap, in 20 runs of 10 kinds on two networks 0.02
 # to 0.34, so that the total was within 11% in all, and within 7% in 17. Where the heap was not tuned when the process
@@ -93,29 +97,37 @@ def plan_memory(settings: RunSettings, config: GPTConfig, device: str = "cpu", w
             apply_method(model, settings.finetune_method, chosen_method(settings), fresh=False)
     trainable, total = trainable_report(model)
     mixed = _is_mixed(settings, device)
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    if mixed:
-        weights += 2 * sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    weights = _bytes(model.parameters())
+    state = _optimizer_bytes(settings, model)
+    way = settings.parallel if settings.parallel != "fsdp" or is_spread(settings, world_size) else "ddp"
+    offload = settings.cpu_offload and device == "cuda"
+    share = Share.of(model, way, world_size, offload, 2 if mixed else 4)
+    # Spread blocks are whole in autocast's type alone.
+    cast = [model.lm_head] if way == "fsdp" else model.modules()
+    beside = _bytes(model.buffers())  # a quantised base, and casts
+    beside += 2 * sum(module.weight.numel() for module in cast if isinstance(module, nn.Linear)) if mixed else 0
     kept = _Kept(settings, model, device, mixed)
     earlier = _earlier_gradients(settings, config, world_size)
     head = 4 * model.head_weight.numel() if model.head_weight.requires_grad else 0
     pieces = min(chunk_rows(config.padded_vocab_size, device), kept.tokens) * config.padded_vocab_size * 4
     return MemoryPlan(
-        weights=weights + _reference(settings, weights),
+        weights=beside + share.weights(weights) + _reference(settings, share, weights + beside),
         # With --exact, sums of micro-batches wait beside the one in the making, and ranks swap the last of them.
-        gradients=4 * trainable * (1 + max(earlier, int(world_size > 1)) if settings.exact else 1),
-        optimizer=_optimizer_bytes(settings, model),
+        gradients=share.gradients(trainable) * (1 + max(earlier, int(world_size > 1)) if settings.exact else 1),
+        optimizer=share.optimizer(state),
         activations=kept.activations(settings.gradient_checkpointing),
         logits=max(pieces, kept.passing()) + 8 * kept.tokens * config.n_embd + (head if earlier else 0),
         passing=kept.passing() + 8 * kept.tokens * config.n_embd,
-        earlier_gradients=4 * trainable * earlier or head,
-        saving=_saving(
-            settings, 4 * (trainable if _adapts(settings) else total) + _optimizer_bytes(settings, model), device
-        ),
+        earlier_gradients=share.earlier(trainable) * earlier or head,
+        saving=_saving(settings, 4 * (trainable if _adapts(settings) else total) + state, device),
         allocator=int(_holes(device) * kept.activations(False)),
         trainable=trainable,
         parameters=total,
     )
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _adapts(settings: RunSettings) -> bool:
@@ -264,14 +276,14 @@ def _rows_each(settings: RunSettings) -> int:
     return {"dpo": 2, "grpo": getattr(settings, "grpo_group", 1)}.get(objective, 1)
 
 
-def _reference(settings: RunSettings, weights: int) -> int:
+def _reference(settings: RunSettings, share: Share, weights: int) -> int:
     """The frozen copy that DPO and GRPO compare with (an adapter switched off is one for nothing), or the teacher."""
     if isinstance(settings, FinetuneSettings) and settings.objective == "distill" and settings.teacher is not None:
         with torch.device("meta"):
-            return 4 * GPT(read_config(settings.teacher)).num_params()
+            return share.weights(4 * GPT(read_config(settings.teacher)).num_params())
     if getattr(settings, "objective", "sft") == "sft" or _adapts(settings):
         return 0
-    return weights
+    return share.weights(weights)
 
 
 def _micro_batches(settings: RunSettings, config: GPTConfig, world_size: int) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from formats.open_model import read_config
 from model.config import GPTConfig, preset
+from training.parallel import check_parallel
 from training.plan import plan_memory
 from training.run_settings import FinetuneSettings, RunSettings
 from training.settings import is_explicit
@@ -27,6 +28,7 @@ def show_plan(
     Raises ValueError or OSError as the run would.
     """
     check_settings(settings)
+    check_parallel(settings, world_size)
     config = network_config(settings, say)
     plan = plan_memory(settings, config, device.type, world_size)
     free, size = memory_of(device)
@@ -41,6 +43,8 @@ def show_plan(
     }
     of = f"{settings.batch_size} x {min(settings.block_size, config.block_size)} tokens"
     say(f"Memory plan: {plan.parameters:,} parameters, {plan.trainable:,} train, micro-batches of {of}")
+    if world_size > 1:
+        say(f"  on each of {world_size} processes, --parallel {settings.parallel}")
     for name, value in rows.items():
         say(f"  {name + ':':30}{_shown(value):>12}")
     share = f"{100 * plan.total / size:.0f}% of the {_shown(size)} of {device}"
@@ -73,6 +77,12 @@ def savings(settings: RunSettings, config: GPTConfig, device: str, world_size: i
         f"--batch_size {settings.batch_size // 2}": {"batch_size": settings.batch_size // 2},
         f"--block_size {settings.block_size // 2}": {"block_size": settings.block_size // 2},
     }
+    if world_size > 1 and settings.parallel != "fsdp":
+        switches["--parallel fsdp"] = {"parallel": "fsdp"}
+    if world_size > 1 and settings.parallel == "ddp":
+        switches["--parallel zero1"] = {"parallel": "zero1"}
+    if settings.parallel == "fsdp" and device == "cuda" and not settings.cpu_offload:
+        switches["--cpu_offload"] = {"cpu_offload": True}
     if isinstance(settings, FinetuneSettings):
         for method in ("lora", "qlora"):
             switches[f"--finetune_method {method}"] = {"finetune_method": method}

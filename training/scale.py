@@ -1,16 +1,14 @@
 """Beyond one machine: memory of each GPU, traffic of each step, and how often to save, worked out before renting any.
 
-For P parameters that all train with AdamW under mixed precision, on n GPUs; bytes on each:
-
-    ddp     weights 4 P, their 16-bit copy 2 P, gradients 4 P, AdamW 8 P
-    zero1   as ddp, but AdamW 8 P / n
-    fsdp    (4 + 4 + 8) P / n, and the 16-bit weights of two of the widest blocks and of the tables while they work
-    hsdp    as fsdp with n = the GPUs of one machine: shards within it, copies between machines (a mesh of two axes)
+All of the P parameters train, with AdamW under mixed precision. Memory is that of `--plan` (training/plan.py), which
+training/shares.py shares out: weights 4 P, their 16-bit copy 2 P, gradients 4 P, AdamW 8 P under ddp; zero1 and fsdp on
+n GPUs; hsdp as fsdp with n = the GPUs of one machine: shards within it, copies between machines (a mesh of two axes).
 
     traffic of a step, sent and received by each GPU (ring algorithms): an all-reduce of b bytes moves 2 b (n - 1) / n,
     a reduce-scatter or an all-gather half of that. ddp reduces 4 P; zero1 scatters 4 P and gathers 4 P, as much; fsdp
-    gathers 2 P for forward and again for backward of each micro-batch, and scatters 4 P once a step; hsdp does that
-    within the machine and reduces its share of the gradients, 4 P / 8, between machines
+    gathers 2 P for forward and again for backward of each micro-batch, and scatters 4 P once a step, or of more than a
+    billion parameters with each micro-batch; hsdp does that within the machine and reduces its share of the gradients,
+    4 P / 8, between machines
 
 Failures come at random, each GPU's at a rate of 1 / mtbf. Saving every T seconds at a cost of d, the work lost and the
 time spent saving are smallest near T = sqrt(2 d M), M = mtbf / n (Young 1974); Daly (2006) adds terms that matter when
@@ -26,6 +24,7 @@ from dataclasses import dataclass
 from model.config import GPTConfig
 from training.plan import plan_memory
 from training.run_settings import TrainSettings
+from training.shares import adds_up_whole
 
 STRATEGIES = ("ddp", "zero1", "fsdp", "hsdp")
 
@@ -88,19 +87,16 @@ def plan_scale(
     settings = TrainSettings(
         batch_size=batch_size,
         block_size=config.block_size,
-        total_batch_size=batch_size * config.block_size,
+        grad_accum_steps=grad_accum,
         dtype="bfloat16",
         gradient_checkpointing=gradient_checkpointing,
     )
-    one = plan_memory(settings, config, "cuda")
-    P = one.parameters
+    settings.parallel = "fsdp" if strategy == "hsdp" else strategy  # type: ignore[assignment]
     machine = min(cluster.gpus, cluster.per_machine)
-    shards = {"ddp": 1, "zero1": cluster.gpus, "fsdp": cluster.gpus, "hsdp": machine}[strategy]
-    gathered = 2 * (2 * _widest_block(config) + _tables(config))
-    state = {"ddp": 18 * P, "zero1": 10 * P + 8 * P / shards}.get(strategy, 16 * P / shards + gathered)
-    memory = state + max(one.activations + one.logits, one.passing)
+    plan = plan_memory(settings, config, "cuda", machine if strategy == "hsdp" else cluster.gpus)
+    P, memory = plan.parameters, plan.total
     tokens, per_token = batch_size * grad_accum * config.block_size, 8 * P if gradient_checkpointing else 6 * P
-    sharded = 4 * P * grad_accum + 4 * P
+    sharded = 4 * P * grad_accum + 4 * P * (1 if adds_up_whole(P, offload=False) else grad_accum)
     inside, outside = {
         "fsdp": _ring(sharded, cluster.gpus, cluster),
         "hsdp": (sharded * (1 - 1 / machine), 8 * P / machine * (1 - machine / cluster.gpus)),
@@ -121,18 +117,6 @@ def _ring(size: float, gpus: int, cluster: Cluster) -> tuple[float, float]:
     """(within machines, between them) of what a ring over all GPUs moves: its slowest wire sets the pace of all."""
     moved = size * (1 - 1 / gpus)
     return (moved, 0.0) if gpus <= cluster.per_machine else (0.0, moved)
-
-
-def _widest_block(config: GPTConfig) -> int:
-    """Numbers in the matrices of the largest layer."""
-    sizes = [config.layer(i) for i in range(config.n_layer)]
-    matrices = 3 if config.mlp == "swiglu" else 2
-    return max(config.n_embd * (2 * (s.n_head + s.n_kv_head) * s.head_dim + matrices * s.mlp_dim) for s in sizes)
-
-
-def _tables(config: GPTConfig) -> int:
-    """Numbers in the embedding and the head."""
-    return config.padded_vocab_size * config.n_embd * (1 if config.tie_embeddings else 2)
 
 
 def checkpoint_bytes(parameters: int) -> int:

@@ -27,7 +27,8 @@ def introduce(
         "Learning rate": f"{settings.max_lr:g}",
         "Epochs": f"{plan.epochs:.3g}",
         "Samples": f"{plan.windows_per_epoch:,} windows an epoch",
-        "Batch size": f"{plan.micro_batch} x {plan.world_size} processes",
+        "Batch size": f"{plan.micro_batch} x {plan.world_size} processes"
+        + (f" ({settings.parallel})" if plan.world_size > 1 else ""),
         "Gradient accumulation steps": plan.grad_accum,
         "Effective batch size": f"{plan.windows_per_step} windows = {plan.tokens_per_step:,} tokens",
         "Sequence length": plan.block_size,
