@@ -217,15 +217,15 @@ def test_sigkill_at_every_write(tmp_path: Path) -> None:
     toll.check(kills=len(strikes), in_saves=900, redone=900, beginnings=3, kinds=IO_KINDS - {"aside"})
 
 
-def background_strikes(run: Run, folder: Path, writes_of_a_file: int) -> list[Strike]:
-    """SIGKILL at the disk events of a checkpoint that is written beside the steps, from its first write to the removal
-    of the one before the last.
+def background_strikes(run: Run, folder: Path, step: int, writes_of_a_file: int) -> list[Strike]:
+    """SIGKILL at the disk events of a step's checkpoint that is written beside the next steps, from its first write to
+    the removal of the one before.
     """
     life = twin(run, folder / "trace").live()
     assert life.code == 0, life.describe()
-    first, last = life.events.index("save model_00006.pt@6"), life.events.index("saved model_00006.pt@6")
+    first, last = (life.events.index(f"{kind} model_{step:05d}.pt@{step}") for kind in ("save", "saved"))
     assert any(event.startswith("micro ") for event in life.events[first:last]), "the loop waited for it"
-    return spread([strike for strike in life.disk_strikes if fnmatch(strike.at, "*model_*@6")], writes_of_a_file)
+    return spread([strike for strike in life.disk_strikes if fnmatch(strike.at, f"*model_*@{step}")], writes_of_a_file)
 
 
 def strike_each(run: Run, strikes: list[Strike]) -> Toll:
@@ -239,20 +239,17 @@ def strike_each(run: Run, strikes: list[Strike]) -> Toll:
     return toll
 
 
-ASYNC = {"async_save": "on", "checkpoint_interval": 3, "keep_last_n_checkpoints": 1}
-
-
 def test_sigkill_while_a_checkpoint_is_written_beside_the_steps(tmp_path: Path) -> None:
-    run = pretraining(tmp_path / "run", **ASYNC)
-    strikes = background_strikes(run, tmp_path, writes_of_a_file=3)
+    run = pretraining(tmp_path / "run", async_save="on", keep_last_n_checkpoints=1)
+    strikes = background_strikes(run, tmp_path, step=6, writes_of_a_file=3)
     toll = strike_each(run, strikes)
     toll.check(kills=len(strikes), in_saves=4, redone=len(strikes), beginnings=2, kinds=IO_KINDS - {"aside"})
 
 
 @pytest.mark.slow
 def test_sigkill_at_every_write_of_a_checkpoint_that_is_written_beside_the_steps(tmp_path: Path) -> None:
-    run = finetuning(tmp_path / "run", **ASYNC)
-    strikes = background_strikes(run, tmp_path, writes_of_a_file=60)
+    run = finetuning(tmp_path / "run", async_save="on", keep_last_n_checkpoints=1, checkpoint_interval=1)
+    strikes = background_strikes(run, tmp_path, step=3, writes_of_a_file=60)
     toll = strike_each(run, strikes)
     toll.check(kills=60, in_saves=60, redone=60, beginnings=2, kinds=IO_KINDS - {"aside"})
 
