@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from formats.checkpoint import load_checkpoint, save_checkpoint
+from formats.gguf_write import write_gguf
+from formats.hf_write import write_huggingface
+from formats.open_model import load_payload
+from formats.peft import write_peft
+from tests.adapters import make_adapter
 from tests.full_checkpoints import full_payload
+from tests.masked_models import save_pruned
+from tests.tiny_checkpoints import save_tiny
 from training.wire import pack, unpack
 
 DTYPES = [
@@ -32,8 +39,8 @@ def sent(value: Any) -> Any:
 
 
 def equal(one: Any, two: Any) -> bool:
-    """To the last bit, NaN equal to NaN, with the same types."""
-    if type(one) is not type(two):
+    """`one` is what arrived of `two`: to the last bit, NaN equal to NaN, with the same types."""
+    if type(one) is not (dict if isinstance(two, dict) else type(two)):  # a state_dict, say, arrives as a dict
         return False
     if isinstance(one, Tensor):
         same_kind = one.dtype == two.dtype and one.shape == two.shape
@@ -81,6 +88,18 @@ def test_a_checkpoint_arrives_equal(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "model.pt", full_payload())
     payload = load_checkpoint(tmp_path / "model.pt")
     assert equal(sent(payload), payload)
+
+
+def test_whatever_a_run_may_start_from_arrives_equal(tmp_path: Path) -> None:
+    """What readers of other formats make of a file holds only values that can be sent."""
+    base = save_tiny(tmp_path / "base.pt", template="dolly")
+    save_pruned(tmp_path / "pruned.pt")
+    write_gguf(load_payload(base), tmp_path / "base.gguf")
+    write_huggingface(load_payload(base), tmp_path / "hf")
+    write_peft(load_payload(make_adapter(base, tmp_path / "adapter.pt")), tmp_path / "peft")
+    for name in ("base.pt", "pruned.pt", "base.gguf", "hf", "adapter.pt", "peft"):
+        payload = load_payload(tmp_path / name, base_model=base)
+        assert equal(sent(payload), payload), name
 
 
 def test_keys_may_be_called_as_the_kinds_are() -> None:

@@ -125,6 +125,8 @@ if __name__ == "__main__":
     os.environ["LOCAL_RANK"] = "0"
     with (
         mock.patch("training.launch.close_distributed", lambda here: None),  # one process group serves all runs
+        mock.patch("training.distributed.PIECE", 20_011),  # bytes: tensors and files travel in several pieces
+        mock.patch("training.nodes.PIECE", 20_011),
         mock.patch("socket.gethostname", lambda: f"host{RANK}"),
         mock.patch("data.manifest._REPOSITORY", Path.cwd()),  # where caches go
     ):

@@ -76,7 +76,7 @@ def _run(settings: RunSettings, watch: Watch | None = None) -> dict[str, Any]:
     settings = with_preset_defaults(settings)
     try:
         if settings.plan:
-            return show_plan(settings, here.device, here.world_size, console.say)
+            return here.from_main(lambda: show_plan(settings, here.device, here.world_size, console.say))
         last_words = partial(_last_words, here, folder, console)
         with StopRequest() as stop, watched_peers(here, settings.dist_timeout, last_words):
             here.from_main(folder.open)
