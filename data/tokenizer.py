@@ -57,7 +57,7 @@ def load_tokenizer(ref: str) -> Tokenizer:
 def tokenizer_from_spec(spec: dict[str, Any]) -> Tokenizer:
     """The tokenizer that `spec()` described. Raises ValueError for an unknown kind or another vocabulary than then."""
     kind, names = spec.get("kind"), [spec.get("eot"), spec.get("bos")]
-    if not isinstance(kind, str) or not all(isinstance(name, (str, type(None))) for name in names):
+    if not all(isinstance(name, (str, type(None))) for name in (kind, *names)):
         raise ValueError("tokenizer specification: its kind, eot and bos are not all texts")
     if kind == "gpt2":
         tokenizer: Tokenizer = Gpt2Tokenizer()
