@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from tests.runs import BARE, changed_losses, poison, train, tune
-from tests.two_processes import signalled
 from training.loop import Trainer
 
 RANK = int(os.environ.get("RANK", 0))
@@ -119,14 +119,33 @@ def relay(folder: Path) -> None:
         run(folder, "odd", folder / "relay", parallel=way, max_steps=steps, auto_resume=True, checkpoint_interval=1)
 
 
+@contextmanager
+def signalled(number: int) -> Iterator[None]:
+    """The second process gets SIGTERM when it begins its micro-batch of this number, also of a loss without dropout."""
+    take, count = Trainer._micro_step, 0
+
+    def patched(self: Trainer, *args: Any, **more: Any) -> Any:
+        nonlocal count
+        if count == number and RANK == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        count += 1
+        return take(self, *args, **more)
+
+    with mock.patch.object(Trainer, "_micro_step", patched):
+        yield
+
+
 def stopped(folder: Path) -> None:
-    """A signal reaches the second process alone, in the first micro-batch of step 3; then the run goes on."""
-    for way in ("zero1", "fsdp"):
-        to = folder / f"stopped-{way}"
-        with signalled(6):
-            run(folder, "odd", to, parallel=way)
+    """A signal reaches the second process alone, in a micro-batch of this number; then the run goes on.
+
+    In the first of step 3; in the last of step 1, to be noticed while the reference reads the pairs of step 2.
+    """
+    for name, way, number in (("odd", "zero1", 6), ("odd", "fsdp", 6), ("dpo_lora", "fsdp", 3)):
+        to = folder / f"stopped-{name}-{way}"
+        with signalled(number):
+            run(folder, name, to, parallel=way)
         shown = [path.name for path in to.glob("model_*.pt")]
-        run(folder, "odd", to, parallel=way, auto_resume=True)
+        run(folder, name, to, parallel=way, auto_resume=True)
         (to / f"shown-{RANK}.json").write_text(json.dumps(shown))
 
 

@@ -159,13 +159,16 @@ def test_each_process_has_half_of_what_is_shared_out(launched: Path) -> None:
     assert both[0]["odd-fsdp"]["parameters"] > both[1]["odd-fsdp"]["parameters"], "31 rows are 16 and 15"
 
 
-@pytest.mark.parametrize("way", ["zero1", "fsdp"])
-def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(launched: Path, alone: Alone, way: str) -> None:
-    folder = launched / f"stopped-{way}"
+@pytest.mark.parametrize(("name", "way"), [("odd", "zero1"), ("odd", "fsdp"), ("dpo_lora", "fsdp")])
+def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(
+    launched: Path, alone: Alone, name: str, way: str
+) -> None:
+    folder = launched / f"stopped-{name}-{way}"
     for rank in (0, 1):
-        assert json.loads((folder / f"shown-{rank}.json").read_text()) == ["model_00002.pt"]
-    assert losses(folder) == pytest.approx(losses(alone("odd")), rel=5e-6)
-    for key, tensor in weights(alone("odd"), LAST).items():
+        shown = "model_00001.pt" if name == "dpo_lora" else "model_00002.pt"
+        assert json.loads((folder / f"shown-{rank}.json").read_text()) == [shown]
+    assert losses(folder) == pytest.approx(losses(alone(name)), rel=5e-6)
+    for key, tensor in weights(alone(name), LAST).items():
         torch.testing.assert_close(weights(folder, LAST)[key], tensor, rtol=1e-3, atol=1e-4)
 
 

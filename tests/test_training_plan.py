@@ -263,6 +263,8 @@ def test_processes_share_out_what_their_way_says_and_nothing_else() -> None:
     assert plan("fsdp", processes=1) == plan("zero1", processes=1) == plan("ddp", processes=1)
     flags = {flag for flag, _ in savings(settings("full", parallel="ddp"), config(), "cuda", 4)}
     assert {"--parallel zero1", "--parallel fsdp"} <= flags
+    muon = {flag for flag, _ in savings(settings("full", optimizer="muon"), config(), "cuda", 4)}
+    assert "--parallel zero1" in muon and "--parallel fsdp" not in muon
     assert "--cpu_offload" in dict(savings(settings("full", parallel="fsdp"), config(), "cuda", 4))
 
 

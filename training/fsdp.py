@@ -59,6 +59,8 @@ class FullySharded(Parallel):
             raise ValueError(f"--parallel fsdp needs torch 2.13, this is {torch.__version__}: use --parallel zero1")
         self.runtime, self.offload = runtime, offload
         self.gradient_scale = float(here.world_size)  # gradients are averaged
+        if here.device.type == "cuda":
+            torch.cuda.set_device(here.device)
         self._alone = not dist.is_initialized()
         if self._alone:  # one process, for the sake of `offload`
             backend = "nccl" if here.device.type == "cuda" else "gloo"
@@ -92,7 +94,7 @@ class FullySharded(Parallel):
     def compile(self) -> None:
         """Each block's forward: what puts its weights together stays outside."""
         for block in self.model.h:
-            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+            block.forward = torch.compile(block.forward)
 
     def wrap(self) -> None:
         """Tell each module which of its weights train now: it learns it when it puts them together."""
@@ -208,8 +210,9 @@ class FullySharded(Parallel):
         each = rows_each(self.here, parameter.shape)
         rows = value[self.here.rank * each : (self.here.rank + 1) * each]
         rows = rows.to(parameter.to_local().device, copy=True)
-        how = {"shape": parameter.shape, "stride": parameter.stride()}
-        return DTensor.from_local(rows, parameter.device_mesh, parameter.placements, run_check=False, **how)
+        return DTensor.from_local(
+            rows, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+        )
 
     def whole(self, nest: dict[str, Any]) -> dict[str, Any]:
         """Tensor by tensor to rank 0, into host memory."""

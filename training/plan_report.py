@@ -90,7 +90,12 @@ def savings(settings: RunSettings, config: GPTConfig, device: str, world_size: i
     for flag, change in switches.items():
         if 0 in change.values():  # half of one
             continue
-        less = now - plan_memory(dataclasses.replace(settings, **change), config, device, world_size).total
+        changed = dataclasses.replace(settings, **change)
+        try:
+            check_parallel(changed, world_size)
+        except ValueError:  # a switch for other runs
+            continue
+        less = now - plan_memory(changed, config, device, world_size).total
         if less > 0.01 * now:
             found.append((flag, less))
     return sorted(found, key=lambda entry: -entry[1])

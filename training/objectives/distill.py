@@ -43,7 +43,7 @@ class Distillation:
                 raise ValueError(f"--{flag} {getattr(settings, flag)}: expected {span}")
         self.hard, self.hidden = settings.distill_hard, settings.distill_hidden
         self.model, self.teacher, self.name = model, teacher, name
-        self.beside = teacher
+        self.beside: GPT | None = teacher
         if self.hidden:
             _check_streams(model, teacher, name)
         more = ("distill/hidden",) if self.hidden else ()

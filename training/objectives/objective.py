@@ -56,7 +56,7 @@ class Supervised:
     counts = "supervised_tokens"
     metrics: tuple[str, ...] = ()
     updates, dropout, new_tokens, comparable = 1, True, 0, True
-    beside = None
+    beside: GPT | None = None
 
     def __init__(self, model: GPT) -> None:
         self.model = model
