@@ -42,9 +42,13 @@ class Memory:
 class Job:
     """Several Peers in one process; what each would end its process with is in `ended`."""
 
-    def __init__(self, size: int, agent: str | None = "10.0.0.1:29500") -> None:
-        self.store = Memory()
+    def __init__(
+        self, size: int, agent: str | None = "10.0.0.1:29500", timeout_s: float = 0.5, **known: Member
+    ) -> None:
+        self.store, self.timeout_s = Memory(), timeout_s
         self.members = [Member(rank, f"node{rank}", 4000 + rank, "") for rank in range(size)]
+        for member in known.values():
+            self.members[member.rank] = member
         self.ended: dict[int, str] = {}
         self.all = [self._peers(rank, agent) for rank in range(size)]
         for each in self.all:
@@ -57,7 +61,7 @@ class Job:
             self.ended[rank] = reason
             return f"{reason}. Saved up to step 7"
 
-        return Peers(self.members, rank, lambda: self.store, agent, 0.5, last_words)
+        return Peers(self.members, rank, lambda: self.store, agent, self.timeout_s, last_words)
 
     def hang(self, rank: int) -> None:
         """It beats no more."""
@@ -114,6 +118,20 @@ def test_where_rank_0_hangs_each_finds_out_by_itself(job) -> None:
     three.hang(0)
     three.wait([1, 2])
     assert all(reason.startswith("rank 0 (host node0, pid 4000) is gone") for reason in three.ended.values())
+
+
+def test_one_that_died_on_this_machine_is_not_waited_for_until_the_timeout(job) -> None:
+    # As under NCCL, where the main threads hear nothing of it.
+    child = subprocess.Popen(["sleep", "60"])
+    born = peers._born(child.pid)
+    three = job(3, timeout_s=60.0, died=Member(2, os.uname().nodename, child.pid, born))
+    three.hang(2)
+    time.sleep(1.3)
+    assert not three.ended, "it lives"
+    child.kill()
+    child.wait()
+    three.wait([0, 1])
+    assert all(reason.startswith(f"{three.members[2]} is gone: silent for ") for reason in three.ended.values())
 
 
 def test_one_that_left_in_order_is_not_called_dead(job) -> None:
