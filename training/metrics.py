@@ -102,7 +102,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
     """What a line holds, where it is an object with a step."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter: brackets nested a thousand deep
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
