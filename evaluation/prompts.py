@@ -53,7 +53,7 @@ def _decode(data: bytes, where: str) -> str:
 def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter: brackets nested a thousand deep
         return False
 
 
@@ -61,7 +61,7 @@ def _json_record(line: str, where: str) -> Record:
     """One JSON line as a record. The reference may be missing, the prompt may not."""
     try:
         raw = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: is not JSON ({error})") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{where}: expected an object with a `prompt`, found a {type(raw).__name__}")
