@@ -155,25 +155,37 @@ class Peers:
             self._write(_LEFT if error is None else f"{_FAILED} {type(error).__name__}: {_one_line(error)}")
 
     def explain(self) -> PeersLost:
-        """After a failed exchange: who is gone. Takes SILENT_S, in which whoever lives beats."""
+        """After a failed exchange: who is gone."""
         self._speaking.acquire()  # for good: the thread has no more to say
         try:
-            before = self._read(self._connect(), self._others)
-            time.sleep(SILENT_S)
-            after = self._read(self._connect(), self._others)
+            silent, lines = self._look()
         except RuntimeError:
             return PeersLost(self.last_words(self._no_store("").reason()))
         if self.rank == 0:
             time.sleep(BEAT_S)  # the store may live in this process, and the others are asking it
-        silent = [rank for rank in self._others if after[rank] == before[rank] and after[rank].startswith(_LIVES)]
-        failed = [rank for rank in self._others if after[rank].startswith(_FAILED)]
+        failed = [rank for rank, line in lines.items() if line.startswith(_FAILED)]
         if silent:
-            reason = "; ".join(f"{blame(self.members[rank])}, {_last(after[rank])}" for rank in silent)
+            reason = "; ".join(f"{blame(self.members[rank])}, {_last(lines[rank])}" for rank in silent)
         elif failed:
-            reason = "; ".join(self._failure(rank, after[rank]) for rank in failed)
+            reason = "; ".join(self._failure(rank, lines[rank]) for rank in failed)
         else:
-            reason = f"the processes did not meet, though none is dead ({self._places(after)})"
+            reason = f"the processes did not meet, though none is dead ({self._places(lines)})"
         return PeersLost(self.last_words(reason))
+
+    def _look(self) -> tuple[list[int], dict[int, str]]:
+        """Who is silent, and the last line of each. Takes SILENT_S, in which whoever lives beats, or until a process of
+        this machine is seen to be dead that did not say that it leaves.
+        """
+        store, until = self._connect(), time.monotonic() + SILENT_S
+        before = self._read(store, self._others)
+        while time.monotonic() < until:
+            dead = [rank for rank in self._others if self.members[rank].is_dead]
+            lines = self._read(store, self._others) if dead else {}
+            if died := [rank for rank in dead if lines[rank].startswith(_LIVES)]:
+                return died, lines
+            time.sleep(0.1)
+        after = self._read(store, self._others)
+        return [rank for rank, line in after.items() if line == before[rank] and line.startswith(_LIVES)], after
 
     # -- the thread --------------------------------------------------------------------------------------------------
 
