@@ -49,6 +49,8 @@ BUSY |= {"packing": False, "load_best_model_at_end": True, "async_save": "on"}
 LORA: dict[str, Any] = {"finetune_method": "lora", "lora_r": 4, "lora_dropout": 0.0, "use_dora": True}
 PROGRESSIVE: dict[str, Any] = {"finetune_method": "progressive", "unfreeze_stages": 2, "layer_lr_decay": 0.5}
 PAIRS: dict[str, Any] = {"objective": "dpo", "max_lr": 1e-3}
+GRPO: dict[str, Any] = {"objective": "grpo", "grpo_group": 2, "grpo_max_new_tokens": 4, "max_lr": 1e-3}
+GRPO |= {"reward": f"{Path(__file__).with_name('reward_functions.py')}:letters"}
 DISTILL: dict[str, Any] = {"objective": "distill", "distill_hard": 0.2, "distill_hidden": 0.5}
 
 CASES = {
@@ -67,6 +69,7 @@ CASES = {
     "masked_zero1": Case("records", "pruned", {}, ("zero1",), slow=True),
     "masked_lora": Case("records", "pruned", LORA, slow=True),
     "dpo_zero1": Case("pairs", "model", {**PAIRS, "eval_interval": 2}, ("zero1",), slow=True),
+    "grpo": Case("records", "model", GRPO, ("ddp", "zero1"), slow=True),
     "distill": Case("records", "pruned", DISTILL, slow=True),
     "freeze": Case("records", "model", {"finetune_method": "freeze", "train_layers": 1}, slow=True),
     "qlora": Case("records", "model", {"finetune_method": "qlora", "lora_dropout": 0.0}, slow=True),
