@@ -46,7 +46,8 @@ class Case:
 # All that happens between steps: 12 windows of validation make an unequal number of batches of 5.
 BUSY: dict[str, Any] = {"eval_interval": 2, "eval_batch_size": 5, "generate_interval": 3, "checkpoint_interval": 2}
 BUSY |= {"packing": False, "load_best_model_at_end": True, "async_save": "on"}
-LORA: dict[str, Any] = {"finetune_method": "lora", "lora_r": 4, "lora_dropout": 0.0, "use_dora": True}
+# Of rank 1: of A's only row the second process has none.
+LORA: dict[str, Any] = {"finetune_method": "lora", "lora_r": 1, "lora_dropout": 0.0, "use_dora": True}
 PROGRESSIVE: dict[str, Any] = {"finetune_method": "progressive", "unfreeze_stages": 2, "layer_lr_decay": 0.5}
 PAIRS: dict[str, Any] = {"objective": "dpo", "max_lr": 1e-3}
 GRPO: dict[str, Any] = {"objective": "grpo", "grpo_group": 2, "grpo_max_new_tokens": 4, "max_lr": 1e-3}

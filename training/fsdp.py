@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -67,6 +67,7 @@ class FullySharded(Parallel):
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         self._mesh = init_device_mesh(here.device.type, (here.world_size,))
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # none is changed in place
+        self._was_used = False  # nothing can be forgotten before the first forward
         self._networks = [model] if beside is None else [model, beside]
         for network in self._networks:
             self._shard(network)
@@ -127,15 +128,15 @@ class FullySharded(Parallel):
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
-    def finish_gradients(self) -> None:
-        """What was beside the network in this step is not needed now."""
-        for network in self._networks[1:]:
-            assert isinstance(network, FSDPModule)
-            network.reset_iter_state()
+    def order(self, count: int) -> Sequence[int]:
+        """As it stands; what a reference has read for the step is over now."""
+        if self._was_used:
+            self._forget_forwards()
+        return super().order(count)
 
     def begin_micro_step(self, number: int, last: bool) -> None:
         """Gradients are added up whole until the last micro-batch, then sent once; large ones are sent each time."""
-        root = self.model
+        root, self._was_used = self.model, True
         assert isinstance(root, FSDPModule)
         trainable = sum(parameter.numel() for parameter in root.parameters() if parameter.requires_grad)
         root.set_requires_gradient_sync(last or not adds_up_whole(trainable, self.offload))
@@ -181,6 +182,7 @@ class FullySharded(Parallel):
             stopped, more = self.here.max(float(stop.requested), float(batch is not None))
             if stopped or not more:
                 break
+            self._was_used = True
             yield _blank() if batch is None else batch
             self._forget_forwards()
 

@@ -107,7 +107,6 @@ class Parallel(Placement):
         """
         return nest
 
-
     def close(self) -> None:
         """After the run."""
 
