@@ -362,6 +362,9 @@ def run_script(
 
     `positionals`: the settings that leading words without a flag set, in this order.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal lacks is shown as its escape, and ends no run
+            stream.reconfigure(errors="backslashreplace")
     try:
         words = _name_positionals(sys.argv[1:] if argv is None else argv, positionals)
         main(parse(cls, words, description=description))
