@@ -71,7 +71,7 @@ def tokenizer_from_spec(spec: dict[str, Any]) -> Tokenizer:
     if expected is not None and expected != tokenizer.fingerprint:
         raise ValueError(
             f"tokenizer specification: the {kind} vocabulary here has fingerprint {tokenizer.fingerprint[:12]}, "
-            f"expected {str(expected)[:12]}: it is not the one that the data or model was made with"
+            f"expected {str(expected)[:12]!r}: it is not the one that the data or model was made with"
         )
     return tokenizer
 
