@@ -326,3 +326,15 @@ def test_a_process_that_hangs_is_named_and_ended(rank: int, tmp_path: Path) -> N
     assert begun + other.seconds - stopped < 5 + 10 + 1, "timeout + 10 s, and a step"
     assert run.newest == 3, "nothing was saved after the exchange failed"
     assert run.status()["state"] == ("failed" if rank == 1 else "running")
+
+
+@pytest.mark.parametrize("rank", [0, 1])  # with rank 0 goes the store
+def test_all_others_name_the_one_that_died_and_not_each_other(rank: int, tmp_path: Path) -> None:
+    run = pretraining(tmp_path / "run", total_batch_size=768)
+    lives = run.live_together(Strike("micro 2:*", rank=rank), ranks=3)
+    assert lives[rank].killed
+    for other in (life for life in lives if life is not lives[rank]):
+        error = other.log.read_text().splitlines()[-1]
+        assert other.code == 1 and f"rank {rank} (host {os.uname().nodename}, pid {lives[rank].pid}) is gone" in error
+        assert error.count("(host ") == 1
+        assert f"No checkpoint is in {run.folder} yet: the same command starts anew" in error

@@ -161,8 +161,8 @@ class Peers:
             silent, lines = self._look()
         except RuntimeError:
             return PeersLost(self.last_words(self._no_store("").reason()))
-        if self.rank == 0:
-            time.sleep(BEAT_S)  # the store may live in this process, and the others are asking it
+        if self.rank == 0 and self._agent is None:  # the store lives in this process, and the others are asking it
+            time.sleep(BEAT_S + (0.0 if all(member.is_here for member in self.members) else SILENT_S))
         failed = [rank for rank, line in lines.items() if line.startswith(_FAILED)]
         if silent:
             reason = "; ".join(f"{blame(self.members[rank])}, {_last(lines[rank])}" for rank in silent)
@@ -174,8 +174,10 @@ class Peers:
 
     def _look(self) -> tuple[list[int], dict[int, str]]:
         """Who is silent, and the last line of each. Takes SILENT_S, in which whoever lives beats, or until a process of
-        this machine is seen to be dead that did not say that it leaves.
+        this machine is seen to be dead that did not say that it leaves. Raises RuntimeError where the store is gone.
         """
+        if self._agent is None and self.members[0].is_dead:
+            raise RuntimeError("its process is dead")
         store, until = self._connect(), time.monotonic() + SILENT_S
         before = self._read(store, self._others)
         while time.monotonic() < until:
