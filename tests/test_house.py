@@ -27,6 +27,7 @@ NO_TORCH = (
     "training/run_settings.py",
     "training/search_settings.py",
     "training/heap.py",
+    "training/peers.py",
     "data/settings.py",
     "evaluation/settings.py",
     "pruning/settings.py",
