@@ -144,7 +144,7 @@ class Console:
         if self._log is None:
             self._early.append(text)
         else:
-            self._log.append(f"{text}\n".encode())
+            self._log.append(f"{text}\n".encode("utf-8", "backslashreplace"))  # of a path that is no text, say
 
     def start_bar(self, total: int, done: int) -> None:
         """Show a bar with ETA where the terminal can; elsewhere lines tell the same."""
@@ -204,4 +204,4 @@ class JsonLines(AppendFile):
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; NaN and infinity become null, which JSON can hold."""
         plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
-        self.append(json.dumps(plain, ensure_ascii=False).encode("utf-8") + b"\n")
+        self.append(json.dumps(plain, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
