@@ -188,7 +188,8 @@ def _check(written: Mapping[str, Any], folder: Path) -> tuple[int, float]:
         raise FormatError(
             f"{where}: init_lora_weights {start!r:.80} changed the base's weights: save it converted to plain LoRA"
         )
-    rank, alpha = written.get("r"), written.get("lora_alpha")
+    rank: Any = written.get("r")
+    alpha: Any = written.get("lora_alpha")
     if type(rank) is not int or type(alpha) not in (int, float) or not 1 <= rank < 1 << 20 or not 0 < alpha < 1e30:
         raise FormatError(f"{where}: r is {rank!r:.80} and lora_alpha {alpha!r:.80}, expected numbers above 0")
     dropout = written.get("lora_dropout") or 0.0
