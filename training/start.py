@@ -199,7 +199,8 @@ def note_versions(saved: dict[str, Any], now: dict[str, Any], say: Say) -> None:
     """Say what differs between the machine that wrote a checkpoint and this one, and may change the last bits."""
     for name in ("torch", "threads"):
         if name in saved and str(saved[name]) != str(now[name]):
-            say(f"  {name}: {str(saved[name])[:40]} in the checkpoint, now {now[name]}: sums may differ in their last bits")
+            was = str(saved[name])[:40]
+            say(f"  {name}: {was} in the checkpoint, now {now[name]}: sums may differ in their last bits")
 
 
 def _replace(settings: R, changes: dict[str, Any], explicit: frozenset[str]) -> R:
