@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -67,6 +68,7 @@ from tests.tiny import BYTES, record_set, text_set, train_settings
 from tests.tiny_checkpoints import save_tiny
 from tests.token_sets import write_set
 from training.launch import pretrain
+from training.loop import Trainer
 from training.metrics import JsonLines
 from training.run_settings import FinetuneSettings
 from training.search_settings import read_space
@@ -224,6 +226,12 @@ def training_state(home: Path) -> Iterable[Reader]:
     state["rng"][0]["python"][1] = state["rng"][0]["python"][1][:3]  # else most mutations would be of its 625 numbers
     state["rng"][0]["numpy"][1] = state["rng"][0]["numpy"][1][:3]
 
+    real_run = Trainer.run
+
+    def run_if_short(trainer: Trainer) -> bool:
+        """Steps of a million windows are what a checkpoint may ask for, and no hang."""
+        return real_run(trainer) if trainer.plan.windows_per_step <= 64 else False
+
     def read(given: Any) -> None:
         if isinstance(given, dict) and isinstance(given.get("rng"), list) and given["rng"]:
             for kind, words in (("python", 625), ("numpy", 624)):
@@ -237,7 +245,7 @@ def training_state(home: Path) -> Iterable[Reader]:
         except (RecursionError, UnicodeEncodeError):
             return
         shutil.copy(home / "run" / "metrics.jsonl", home / "given")
-        with without_pictures():
+        with without_pictures(), mock.patch.object(Trainer, "run", run_if_short):
             pretrain(train_settings(data, home / "given", resume=True, checkpoint_path=str(path), **run))
 
     yield Reader("training state", [state], mutated_value, quiet(read), 600)
