@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,15 @@ def test_a_second_run_is_refused_until_the_first_is_over(tmp_path: Path) -> None
         second.open()
     first.close()
     second.open()
+    second.close()
+
+
+def test_a_run_that_is_dying_is_waited_for(tmp_path: Path) -> None:
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
+    first.open()
+    threading.Timer(0.2, first.close).start()
+    second.open()
+    assert second.held and not first.held
     second.close()
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -23,22 +24,35 @@ _RUN_FILES = (
 )
 
 
-def lock_file(path: Path, wait: bool = False) -> IO[bytes] | None:
+# A process that was killed keeps its lock until its last thread is out of a write.
+DYING_S = 2.0
+
+
+def lock_file(path: Path, wait_s: float = 0.0) -> IO[bytes] | None:
     """The file, made if need be, locked while it stays open: the kernel frees the lock of a dead process.
 
-    None where another holds it, unless `wait`.
+    None where another holds it still after `wait_s` seconds.
     """
     file = open(path, "ab")  # noqa: SIM115 -- the caller holds it open
+    until = time.monotonic() + wait_s
+    while not _try_lock(file):
+        if time.monotonic() >= until:
+            file.close()
+            return None
+        time.sleep(0.02)
+    return file
+
+
+def _try_lock(file: IO[bytes]) -> bool:
     try:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:  # Windows: no lock, the rest works
-        pass
+        return True
     except OSError:
-        file.close()
-        return None
-    return file
+        return False
+    return True
 
 
 def _stamp(file: Path) -> tuple[int, ...]:
@@ -62,7 +76,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"--log_dir {self.path}: is a file, expected a folder")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = lock_file(self.path / ".lock")
+        self._lock = lock_file(self.path / ".lock", DYING_S)
         if self._lock is None:
             raise ValueError(f"--log_dir {self.path}: another run is writing here; wait for it or choose another")
         remove_temporaries(self.path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import math
 import os
 import sys
 import warnings
@@ -87,7 +88,7 @@ class _Search:
 
     def _alone(self) -> IO[bytes]:
         """Keeps the other workers waiting, while it is open."""
-        lock = lock_file(self.folder / ".search.lock", wait=True)
+        lock = lock_file(self.folder / ".search.lock", math.inf)
         assert lock is not None
         return lock
 
