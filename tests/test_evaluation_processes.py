@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +11,11 @@ import pytest
 from evaluation.evaluate import evaluate
 from evaluation.processes import ALONE, gather, map_batches, share
 from evaluation.settings import EvaluateSettings
+from tests.launching import launch_two
 from tests.test_evaluation_instructions import RECORDS
 from tests.test_evaluation_multiple_choice import ROWS, write
 from tests.tiny_checkpoints import save_tiny
 
-ROOT = Path(__file__).resolve().parent.parent
 METRICS = ("perplexity", "accuracy", "bleu", "rouge", "f1")
 
 
@@ -78,16 +75,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
         for name, value in words.items()
         for part in (f"--{name}", *(value if isinstance(value, list) else [value]))
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "evaluate.py"]
-    done = subprocess.run(
-        [*command, *map(str, flags), "--json", str(tmp_path / "two.json")],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    said = launch_two("evaluate.py", *flags, "--json", tmp_path / "two.json")
     two = json.loads((tmp_path / "two.json").read_text())
     settings = EvaluateSettings(**{name: tuple(v) if isinstance(v, list) else v for name, v in words.items()})
     one = json.loads(json.dumps(evaluate(settings)))
@@ -95,4 +83,4 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
         for result in results["results"]:
             assert result.pop("seconds") > 0
     assert two == one and len(one["results"]) == 6
-    assert done.stdout.count("***** Running evaluation *****") == 8, "one process alone speaks"
+    assert said.count("***** Running evaluation *****") == 8, "one process alone speaks"

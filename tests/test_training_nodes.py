@@ -6,10 +6,7 @@ One launch serves all tests, since most of its time is importing torch twice.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +14,12 @@ import pytest
 import torch
 
 from formats.checkpoint import save_checkpoint
+from tests.launching import launch_two
 from tests.runs import log, losses, records, status, steps_on_disk, weights
 from tests.tiny import BYTES, pair_set, record_set
 from tests.tiny_checkpoints import tiny_model
 from tests.two_machines import KINDS, run
 
-ROOT = Path(__file__).resolve().parent.parent
 REMEDY = "each machine needs the data of rank 0, byte for byte"
 ONLY_DATA = {"records", "pairs", "other", "chats.jsonl", "data"}  # "data": the cache
 
@@ -50,16 +47,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "0" / "records", folder / "0" / "only_0")
     shutil.copy(folder / "0" / "chats.jsonl", folder / "0" / "only_0.jsonl")
     save_models(folder / "0")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests" / "two_machines.py"), str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    launch_two("tests/two_machines.py", folder)
     return folder
 
 

@@ -6,10 +6,7 @@ One launch serves all tests, since most of its time is importing torch twice.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import torch
 
 from formats.checkpoint import load_checkpoint, save_checkpoint
 from tests.full_checkpoints import same
+from tests.launching import launch_two
 from tests.masked_models import save_pruned, zeros
 from tests.parallel_processes import CASES, TALES, held, run, spied_trainers
 from tests.runs import log, losses, records, steps_on_disk, weights
@@ -27,7 +25,6 @@ from tests.tiny_checkpoints import tiny_model
 from training.plan import plan_memory
 from training.run_settings import FinetuneSettings
 
-ROOT = Path(__file__).resolve().parent.parent
 # Rows that two processes do not share evenly, and a head of its own.
 ODD: dict[str, Any] = {"n_layer": 3, "n_embd": 31, "mlp_dim": 65, "tie_embeddings": False}
 ODD |= {"mlp": "swiglu", "mlp_bias": False, "norm": "rmsnorm", "norm_bias": False, "position": "rope"}
@@ -59,16 +56,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def launch(folder: Path, *names: str) -> Path:
     """Two processes run these of tests/parallel_processes.py."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests" / "parallel_processes.py"), str(folder), *names],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    launch_two("tests/parallel_processes.py", folder, *names)
     return folder
 
 

@@ -6,11 +6,8 @@ One launch serves all tests, since most of its time is importing torch twice.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +16,12 @@ import torch
 
 from formats.checkpoint import load_checkpoint, save_checkpoint
 from tests.full_checkpoints import same
+from tests.launching import launch_two
 from tests.masked_models import save_pruned, zeros
 from tests.runs import log, losses, records, spied_batches, status, steps_on_disk, tune, weights
 from tests.tiny import BYTES, record_set, text_set
 from tests.tiny_checkpoints import tiny_model
 from tests.two_processes import LORA, PROGRESSIVE, STEP, distillation
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +34,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
         payload = {"model": model.state_dict(), "config": model.config.to_dict(), "tokenizer": BYTES.spec()}
         save_checkpoint(folder / f"{name}.pt", payload)
     save_pruned(folder / "pruned.pt", block_size=128)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests" / "two_processes.py"), str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    launch_two("tests/two_processes.py", folder)
     return folder
 
 
@@ -149,9 +136,7 @@ def test_a_loss_not_finite_on_one_process_stops_both_before_the_step(launched: P
     for process in both:
         assert "Step 3: loss nan is not finite; no process took the step" in process["error"]
         assert "samples 12..15 of" in process["error"], "the samples of all processes"
-        found = re.findall(
-            r"rank (\d), micro-batch (\d): sample (\d+), window \d+ of train_\d+\.bin", process["error"]
-        )
+        found = re.findall(r"rank (\d), micro-batch (\d): sample (\d+), window \d+ of train_\d+\.bin", process["error"])
         assert found == [("1", "1", "15")], "and whose it was, on both"
     assert steps_on_disk(launched / "nan") == [2] and status(launched / "nan") == "failed"
     assert [record["step"] for record in records(launched / "nan")] == [0, 1, 2]
