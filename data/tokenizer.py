@@ -66,7 +66,9 @@ def tokenizer_from_spec(spec: dict[str, Any]) -> Tokenizer:
     elif kind == "bpe" and isinstance(spec.get("json"), str):
         tokenizer = BpeTokenizer(spec["json"], "the stored tokenizer", eot=spec.get("eot"), bos=spec.get("bos"))
     else:
-        raise ValueError(f"tokenizer specification: kind {kind!r:.40} is unknown or incomplete, expected gpt2, byte or bpe")
+        raise ValueError(
+            f"tokenizer specification: kind {kind!r:.40} is unknown or incomplete, expected gpt2, byte or bpe"
+        )
     expected = spec.get("fingerprint")
     if expected is not None and expected != tokenizer.fingerprint:
         raise ValueError(

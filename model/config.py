@@ -16,7 +16,8 @@ PER_LAYER = ("n_head", "n_kv_head", "mlp_dim")
 LARGEST = {
     **dict.fromkeys(("block_size", "vocab_size", "padded_vocab_size"), 1 << 31),
     **dict.fromkeys(("n_head", "n_kv_head", "head_dim", "n_embd"), 1 << 20),
-    "mlp_dim": 1 << 24, "n_layer": 10_000,
+    "mlp_dim": 1 << 24,
+    "n_layer": 10_000,
 }
 # The keys of `rope_scaling` by its "rope_type", under the names that published Llama configurations use.
 ROPE_SCALINGS = {
