@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -14,9 +13,7 @@ from data.prepare import prepare
 from data.settings import PrepareSettings
 from formats.checkpoint import load_checkpoint, save_checkpoint
 from tests.runs import BARE, log, spied_batches, status, train, tune
-from tests.tiny import BYTES, record_set, text_set
-from training import launch
-from training.run_settings import FinetuneSettings
+from tests.tiny import record_set, text_set
 
 
 @pytest.fixture(scope="module")
@@ -285,15 +282,3 @@ def test_wandb_offline_needs_no_account(text: Path, tmp_path: Path, monkeypatch:
     assert train(text, tmp_path / "run", wandb=True, **BARE)["finished"]
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert load_checkpoint(tmp_path / "run" / "model_00007.pt")["progress"]["wandb_id"]
-
-
-@pytest.mark.parametrize("is_main", [True, False])
-def test_no_process_waits_for_another_that_could_not_prepare_the_records(is_main: bool, tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text('{"neither": "question", "nor": "answer"}\n')
-    run = SimpleNamespace(
-        settings=FinetuneSettings(data_dir=str(tmp_path / "bad.jsonl")),
-        here=SimpleNamespace(is_main=is_main, barrier=mock.Mock()),
-    )
-    with pytest.raises(ValueError, match=r"bad\.jsonl"):
-        launch._Run._data_folder(run, mock.Mock(), BYTES.spec())  # type: ignore[arg-type]
-    assert run.here.barrier.call_count == 1
