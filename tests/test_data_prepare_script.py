@@ -36,7 +36,9 @@ def test_a_signal_leaves_no_half_set(number: signal.Signals, tmp_path: Path) -> 
     (tmp_path / "big.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 1_000_000)  # seconds of work
     command = [sys.executable, str(ROOT / "prepare_data.py"), "--source", "text", "--input", str(tmp_path / "big.txt")]
     command += ["--data_dir", str(tmp_path / "set"), "--workers", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A shell starts what runs in its background with SIGINT ignored, and so would be all that these tests start.
+    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **heeds)
     deadline = time.monotonic() + 30
     while not list(tmp_path.glob(".tmp-set-*")) and time.monotonic() < deadline:
         time.sleep(0.01)
