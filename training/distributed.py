@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -86,6 +86,10 @@ class Dist:
         lengths = [int.from_bytes(bytes(each[:8].tolist()), "little") for each in gathered]
         return [bytes(each[8 : 8 + length].tolist()) for each, length in zip(gathered, lengths)]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Each process's value, plain as JSON has them, in order of rank, on every process."""
+        return [json.loads(each) for each in self.gather_bytes(json.dumps(value).encode())]
+
     def from_main(self, work: Callable[[], T]) -> T:
         """What `work` gives on rank 0, on every process: for files that only rank 0 is sure to have.
 
@@ -125,9 +129,9 @@ class Dist:
         except (ValueError, OSError) as error:
             failure = error
         said = [] if failure is None else [f"{failure}", socket.gethostname()]
-        for rank, each in enumerate(self.gather_bytes(json.dumps(said).encode())):
-            if said := json.loads(each):
-                text, host = said
+        for rank, each in enumerate(self.gather(said)):
+            if each:
+                text, host = each
                 if failure is not None and rank == 0 and text == f"{failure}":
                     raise failure
                 raise ValueError(text if rank == 0 else f"{text} (rank {rank} on {host}: {remedy})") from failure

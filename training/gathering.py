@@ -4,9 +4,6 @@ need not fit on one.
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -38,7 +35,7 @@ def rows_each(here: Dist, shape: torch.Size) -> int:
 def gather_entries(here: Dist, entries: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of all processes by name, on rank 0; elsewhere those given. Those of others come to host memory."""
     index = {name: [str(value.dtype).removeprefix("torch."), list(value.shape)] for name, value in entries.items()}
-    everyone: list[dict[str, Any]] = [json.loads(each) for each in here.gather_bytes(json.dumps(index).encode())]
+    everyone = here.gather(index)
     if not here.is_main:
         for value in entries.values():
             _send(here, value)

@@ -172,7 +172,6 @@ class Trainer:
         self.parallel.mask_gradients()
         norm = self.parallel.clip(self.settings.max_grad_norm)
         names = self.objective.metrics
-        # On a GPU the host waits here.
         columns = [[float(loss) for loss in losses], *([float(each[name]) for each in metrics] for name in names)]
         loss_sum, *totals = here.total(*columns)  # on a GPU the host has waited for it
         unusable = not math.isfinite(loss_sum) or not self._usable(norm)
@@ -180,7 +179,7 @@ class Trainer:
         self._save_wished |= wished > 0
         fault = ""
         if broken:
-            fault = culprits(here, self.loader, dict(zip(order, map(float, losses))), self._samples[1], self.model)
+            fault = culprits(self.parallel, self.loader, dict(zip(order, map(float, losses))), self._samples[1])
         else:
             for optimizer in self.optimizers.values():
                 self.scaler.step(optimizer)

@@ -6,7 +6,6 @@ machine with the newest good checkpoint has of the run is copied to the new rank
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from functools import partial
@@ -32,7 +31,7 @@ def fetch_newest(here: Dist, folder: RunFolder, say: Say) -> None:
     notes: list[str] = []
     found = folder.newest_good(notes.append) if folder.held else None
     mine = [found[1]["step"] if found is not None else -1, socket.gethostname(), [] if here.is_main else notes]
-    told = [json.loads(each) for each in here.gather_bytes(json.dumps(mine).encode())]
+    told = here.gather(mine)
     for rank, (_, host, theirs) in enumerate(told):
         for note in theirs:
             say(f"Rank {rank} on {host}: {note}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import signal
@@ -63,10 +62,9 @@ def is_failed_exchange(error: RuntimeError) -> bool:
 
 def _peers(here: Dist, timeout_s: float, last_words: Callable[[str], str]) -> Peers:
     """Every process makes itself known and learns of the others; from then on each exchange may take `timeout_s`."""
-    data = json.dumps(asdict(Member.this(here.rank))).encode()
-    members = [Member(**json.loads(each)) for each in here.gather_bytes(data)]
-    nonce, address = os.urandom(8).hex(), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    run = here.gather_bytes(nonce.encode())[0].decode()  # torchrun's store outlives a run
+    members = [Member(**each) for each in here.gather(asdict(Member.this(here.rank)))]
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    run = here.from_main(lambda: os.urandom(8).hex())  # torchrun's store outlives a run
 
     def connect() -> Store:
         wait = timedelta(seconds=ANSWER_S)
