@@ -102,6 +102,8 @@ class FullySharded(Parallel):
         for module in self._modules():
             module.unshard()
             module.reshard()
+        trainable = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        self._sends_once = adds_up_whole(trainable, self.offload)
 
     def _forget_forwards(self) -> None:
         """After forwards without a backward: give up what is whole, and the order in which a backward would fetch it.
@@ -138,8 +140,7 @@ class FullySharded(Parallel):
         """Gradients are added up whole until the last micro-batch, then sent once; large ones are sent each time."""
         root, self._was_used = self.model, True
         assert isinstance(root, FSDPModule)
-        trainable = sum(parameter.numel() for parameter in root.parameters() if parameter.requires_grad)
-        root.set_requires_gradient_sync(last or not adds_up_whole(trainable, self.offload))
+        root.set_requires_gradient_sync(last or not self._sends_once)
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
