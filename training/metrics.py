@@ -67,27 +67,21 @@ class AppendFile:
 
 def cut_torn_line(file: IO[bytes], block: int = 1 << 16) -> None:
     """End `file` after its last newline, wherever that is; reads from the end, `block` bytes at a time."""
-    end = file.seek(0, os.SEEK_END)
-    start = end
-    while start:
-        start = max(0, start - block)
-        file.seek(start)
-        newline = file.read(min(block, end - start)).rfind(b"\n")
+    end = whole = file.seek(0, os.SEEK_END)
+    for whole, data in _blocks_from_the_end(file, block):
+        newline = data.rfind(b"\n")
         if newline >= 0:
-            start += newline + 1
+            whole += newline + 1
             break
-    if start < end:
-        file.truncate(start)
+    if whole < end:
+        file.truncate(whole)
 
 
 def lines_from_the_end(file: IO[bytes], block: int = 1 << 16) -> Iterator[tuple[int, bytes]]:
     """(place, line) of each line, the last one first, in a file that ends with a newline; `block` bytes at a time."""
-    start, rest = file.seek(0, os.SEEK_END), b""
-    while start:
-        size = min(block, start)
-        start -= size
-        file.seek(start)
-        rest = file.read(size) + rest
+    rest = b""
+    for start, data in _blocks_from_the_end(file, block):
+        rest = data + rest
         end = start + len(rest)
         first, *lines = rest.split(b"\n")[:-1]
         for line in reversed(lines):
@@ -96,6 +90,16 @@ def lines_from_the_end(file: IO[bytes], block: int = 1 << 16) -> Iterator[tuple[
         rest = first + b"\n"
     if rest:
         yield 0, rest[:-1]
+
+
+def _blocks_from_the_end(file: IO[bytes], block: int) -> Iterator[tuple[int, bytes]]:
+    """(place, bytes) of a file in pieces of `block` bytes at most, the last piece first."""
+    start = file.seek(0, os.SEEK_END)
+    while start:
+        size = min(block, start)
+        start -= size
+        file.seek(start)
+        yield start, file.read(size)
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
