@@ -20,16 +20,10 @@ from formats.checkpoint import load_checkpoint, save_checkpoint
 from tests.full_checkpoints import same
 from tests.lives import Run, Strike, differences, text_data, uninterrupted
 from tests.runs import log, losses, status, steps_on_disk, train
-from tests.tiny import text_set
 from training.background import Background, HostCopies
 
 PARTS = ("model", "optimizer", "rng", "train_loader_state", "val_loss")  # progress holds clocks
 OFTEN: dict[str, Any] = {"checkpoint_interval": 2, "keep_last_n_checkpoints": 0}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_set(tmp_path_factory.mktemp("data") / "text")
 
 
 @pytest.fixture(scope="module")

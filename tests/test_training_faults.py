@@ -32,15 +32,10 @@ from tests.runs import (
     tune,
     weights,
 )
-from tests.tiny import record_set, text_set
+from tests.tiny import record_set
 from training.nonfinite import MAX_SKIPPED_IN_A_ROW, NonFiniteLoss
 
 # A step has two micro-batches of two windows: micro-batches 10 and 11 are step 5, samples 20..23.
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_set(tmp_path_factory.mktemp("data") / "text")
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,9 @@ import pytest
 
 from formats.checkpoint import load_checkpoint
 from tests.runs import records, train
-from tests.tiny import text_set, train_settings
+from tests.tiny import train_settings
 from training.loggers import TensorBoard, Wandb
 from training.settings import to_dict
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_set(tmp_path_factory.mktemp("text") / "set")
-
 
 # -- Weights & Biases --------------------------------------------------------------------------------------------------
 

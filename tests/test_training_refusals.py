@@ -17,11 +17,6 @@ from tests.tiny import record_set, text_set
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_set(tmp_path_factory.mktemp("data") / "text")
-
-
-@pytest.fixture(scope="module")
 def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return record_set(tmp_path_factory.mktemp("data") / "records")
 

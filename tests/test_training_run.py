@@ -28,14 +28,9 @@ from tests.runs import (
     weights,
     without_pictures,
 )
-from tests.tiny import record_set, text_set, tiny_preset, train_settings
+from tests.tiny import record_set, tiny_preset, train_settings
 from training.run_settings import TrainSettings
 from training.settings import field_names, parse
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_set(tmp_path_factory.mktemp("data") / "text")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ import pytest
 from formats.checkpoint import MAY_PASS, load_checkpoint, save_checkpoint
 from tests.full_checkpoints import full_payload, same
 from tests.runs import log, losses, records, status, steps_on_disk, train, weights
-from tests.tiny import text_set
 from tests.tiny_checkpoints import save_tiny
 from training.metrics import JsonLines
 from training.run_settings import TrainSettings
@@ -26,11 +25,6 @@ from training.settings import run_script
 
 EVERY = {"checkpoint_interval": 1, "eval_interval": 0, "generate_interval": 0, "max_steps": 12}
 FAULTS = {name: getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EACCES")}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_set(tmp_path_factory.mktemp("data") / "text")
 
 
 class _Failing:
