@@ -6,8 +6,9 @@
 
 Calibration: 64 windows of 512 tokens of --calibration, drawn by the seed. Perplexity: 16 windows of 512 tokens spread
 evenly over --text (E16), or all with --whole: no begin token, the first token of a window not scored. Recovery reads
---calibration too, never --text. Each row is a run of prune.py, whose flags are in ROWS; the model's statistics are kept
-between rows. A dense model that is trained on the same text stands as a control beside what recovery reaches.
+--calibration too, never --text. Each row is a run of prune.py, whose flags are in ROWS; the model's statistics and the
+pruned models are kept between rows, so that a recovery starts from the model of the row that only prunes. A dense model
+that is trained on the same text stands as a control beside what recovery reaches.
 """
 
 from __future__ import annotations
@@ -47,23 +48,25 @@ ROWS: dict[str, str] = {
 }
 
 
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-zA-Z0-9]+", "-", text).strip("-")
+
+
 def run(name: str, arguments: argparse.Namespace, seed: int) -> tuple[float, float, float]:
     """One row: (perplexity before, at the end, seconds)."""
-    folder = Path(arguments.out) / f"{re.sub(r'[^a-zA-Z0-9]+', '-', name).strip('-')}-{seed}"
+    folder, pruning = Path(arguments.out), ROWS[name].partition("--finetune ")[0]
     command = [
         *(sys.executable, str(ROOT / "prune.py"), "--base_model", arguments.model, *ROWS[name].split()),
         *("--calibration", arguments.calibration, "--finetune_data", arguments.calibration, "--seed", str(seed)),
         *("--eval_text", arguments.text, "--eval_samples", "0" if arguments.whole else "16"),
-        *("--out", str(folder / "pruned.pt"), "--save_ckpt_log_name", str(folder.relative_to("logs"))),
+        *("--out", str(folder / f"{_slug(pruning)}-{seed}.pt")),
+        *("--save_ckpt_log_name", str(folder.relative_to("logs") / f"{_slug(name)}-{seed}")),
     ]
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name}: {done.stderr.strip() or done.stdout.strip()}")
     found = dict(re.findall(r"^PPL (before|after) (?:pruning|recovery): ([\d.]+)$", done.stdout, flags=re.M))
-    for file in folder.rglob("*.pt"):  # half a gigabyte each
-        if not arguments.keep:
-            file.unlink()
     return float(found["before"]), float(found["after"]), time.perf_counter() - began
 
 
@@ -88,6 +91,9 @@ def main() -> None:
             f"{min(ratios):.3f} to {max(ratios):.3f} | {statistics.median(seconds for *_, seconds in found):.0f} |",
             flush=True,
         )
+    for file in Path(arguments.out).rglob("*.pt"):  # half a gigabyte each
+        if not arguments.keep:
+            file.unlink()
 
 
 if __name__ == "__main__":
