@@ -119,6 +119,7 @@ def sparse_settings(settings: PruneSettings) -> SparseSettings:
         allocation=allocation(settings),
         layer_start=settings.layer_start,
         layer_end=settings.layer_end,
+        refit=settings.refit,
         reorder=settings.distill_hidden == 0,  # a teacher's streams are compared channel by channel
     )
 

@@ -58,7 +58,7 @@ class PruneSettings:
     layer_end: int | None = None
     """The first layer behind them that may not. Default: all may."""
     refit: bool = True
-    """structured: what reads the remaining units is fitted again to the dense model's outputs."""
+    """structured, and sparsegpt but for blocks: what remains is fitted again to the dense model's outputs."""
 
     calibration: str | None = None
     """Text that importance is measured on: a file (.txt, .jsonl with "text", .parquet), a set made by prepare_data.py,
@@ -220,7 +220,7 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "pruning_ratio": SHRINKING,
     "layer_start": (*SHRINKING, *SPARSE),
     "layer_end": (*SHRINKING, *SPARSE),
-    "refit": ("structured",),
+    "refit": ("structured", "sparsegpt"),
     "prune_mlp": ("structured",),
     "importance": ("structured",),
     "budget": ("structured",),
@@ -249,6 +249,8 @@ def _check_shares(settings: PruneSettings) -> None:
         raise ValueError(f"--sparsity {settings.sparsity}: --pattern {settings.pattern} is half zeros: leave it out")
     if settings.pattern != "block" and is_explicit(settings, "block_size"):
         raise ValueError(f"--block_size says nothing to --pattern {settings.pattern}: add --pattern block")
+    if second_order_blocks(settings) and is_explicit(settings, "refit"):
+        raise ValueError("--no_refit says nothing to --pattern block: blocks are fitted again in any case")
     if settings.allocation == "owl" and settings.method == "structured":
         raise ValueError("--allocation owl is for zeros: --method structured takes uniform or unbalanced")
 

@@ -198,6 +198,8 @@ def test_what_is_there_stays(name: str, here: Path, capsys: Any) -> None:
         (["--method", "wanda", "--pattern", "2:4", "--allocation", "owl"], "2:4 takes the same share everywhere"),
         (["--method", "wandaa"], "--method"),
         (["--prunning_ratio", "0.3"], "Did you mean --pruning_ratio?"),
+        (["--method", "wanda", "--no_refit"], "--refit says nothing to --method wanda"),
+        (["--method", "sparsegpt", "--pattern", "block", "--no_refit"], "blocks are fitted again in any case"),
         (["--rounds", "2"], "add --finetune"),
         (["--method", "none"], "add --finetune"),
         (["--calibration", "missing.txt"], "missing.txt: no such text"),

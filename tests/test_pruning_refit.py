@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from model.masks import Mask
-from model.pruning.refit import refit_columns, refit_row_blocks, refit_with_bias
+from model.pruning.refit import damped, refit_columns, refit_row_blocks, refit_scattered, refit_with_bias
+from model.pruning.sparsegpt import sparsegpt
 from model.pruning.statistics import Site
 
 
@@ -100,3 +101,29 @@ def test_row_blocks_are_lstsq_of_each_row_on_its_kept_columns(block):
         torch.testing.assert_close(fitted[row], wanted, rtol=1e-7, atol=1e-7)
     assert torch.equal(fitted[: block[0]], weight[: block[0]])
     assert not fitted[~dense].any()
+
+
+def test_scattered_zeros_are_lstsq_of_each_row_in_the_end():
+    """As many steps of conjugate gradients as unknowns are the exact solution; a row that keeps nothing stays zero."""
+    x, weight, second = data()
+    keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    keep[2] = False
+    fitted = refit_scattered(weight, second, keep, weight * keep, damping=0.0, steps=40)
+    for row, kept in enumerate(keep):
+        wanted = torch.linalg.lstsq(x[:, kept], x @ weight[row]).solution
+        torch.testing.assert_close(fitted[row, kept], wanted, rtol=1e-6, atol=1e-6)
+    assert not fitted[~keep].any()
+
+
+def test_each_step_of_a_scattered_refit_comes_nearer_and_the_start_is_sparsegpts():
+    _, weight, second = data()
+    start, keep = sparsegpt(weight.float(), second.float(), 0.5)
+
+    def error(w):
+        return float((((w - weight) @ damped(second, 0.01)) * (w - weight)).sum())
+
+    found = [refit_scattered(weight.float(), second.float(), keep, start, steps=n) for n in (0, 1, 2, 4, 8, 16)]
+    errors = [error(w.double()) for w in found]
+    assert torch.equal(found[0], start)
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.95 * errors[0]
+    assert all(not w[~keep].any() for w in found)

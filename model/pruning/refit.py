@@ -82,3 +82,29 @@ def refit_row_blocks(weight: Tensor, second: Tensor, mask: Mask, damping: float 
         kept = bits.repeat_interleave(columns)[: weight.size(1)].nonzero().squeeze(1).to(weight.device)
         result[own.unsqueeze(1), kept] = _fit(weight[own], whole, kept)
     return result
+
+
+def refit_scattered(
+    weight: Tensor, second: Tensor, keep: Tensor, start: Tensor, damping: float = 0.01, steps: int = 20
+) -> Tensor:
+    """weight (out, in) fitted on the single weights that keep, bool (out, in), leaves; zero elsewhere.
+
+    Each row has its own zeros, so the exact optimum would be a Cholesky factor a row. Instead all rows take `steps` steps
+    of conjugate gradients together, preconditioned by H's diagonal, from `start` (SparseGPT's weights, say, which are
+    zero outside keep): one product with H a step.
+    """
+    whole = damped(second, damping)
+    inverse = 1 / whole.diagonal()
+    fitted = start.to(whole.dtype)
+    residual = ((weight - fitted) @ whole) * keep  # (out, in), minus half the gradient
+    scaled = residual * inverse
+    direction, size = scaled, (residual * scaled).sum(dim=1, keepdim=True)
+    tiny = torch.finfo(whole.dtype).tiny
+    for _ in range(steps):
+        curve = (direction @ whole) * keep
+        step = size / (direction * curve).sum(dim=1, keepdim=True).clamp_min(tiny)  # 0 where a row is settled
+        fitted, residual = fitted + step * direction, residual - step * curve
+        scaled, before = residual * inverse, size
+        size = (residual * scaled).sum(dim=1, keepdim=True)
+        direction = scaled + size / before.clamp_min(tiny) * direction
+    return fitted.to(weight.dtype)

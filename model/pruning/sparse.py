@@ -19,6 +19,7 @@ from model.pruning.allocation import Ranking, evenly, lowest_blocks, outlier_sha
 from model.pruning.blocks import BlockSettings, prune_blocks
 from model.pruning.matrices import layer_matrices, matrices
 from model.pruning.patterns import BLOCK, block_mask, block_sizes, parse_pattern, prune_matrix, prune_n_of_m, prune_rows
+from model.pruning.refit import refit_scattered
 from model.pruning.scores import block_sums, fisher_squares, magnitude, ria, wanda
 from model.pruning.sparsegpt import sparsegpt
 from model.pruning.statistics import Gradients, LayerStatistics, Site, collect, gradients
@@ -40,6 +41,7 @@ class SparseSettings:
     layer_start: int = 0
     layer_end: int | None = None  # exclusive; None: the last layer too
     reorder: bool = True  # blocks by sparsegpt: hidden units may change places, also against a dense model beside it
+    refit: bool = True  # sparsegpt, single weights: what stays is fitted again, all at once, after the last column
     damping: float = 0.01  # of least squares and H^-1, as a share of the mean of H's diagonal
 
     def __post_init__(self) -> None:
@@ -153,8 +155,10 @@ def _prune(
     if settings.method == "sparsegpt":
         assert site is not None
         share = removed / weight.numel()
-        weight, keep = sparsegpt(weight, site.second, n_of_m or share, kept, settings.damping)
-        return weight, Mask.of(keep)
+        fitted, keep = sparsegpt(weight, site.second, n_of_m or share, kept, settings.damping)
+        if settings.refit:
+            fitted = refit_scattered(weight, site.second, keep, fitted, settings.damping)
+        return fitted, Mask.of(keep)
     scores = _scores(weight, site, settings.method)
     if settings.pattern == BLOCK:
         block = (settings.block_size, settings.block_size)
