@@ -54,18 +54,26 @@ def _slug(text: str) -> str:
 
 def run(name: str, arguments: argparse.Namespace, seed: int) -> tuple[float, float, float]:
     """One row: (perplexity before, at the end, seconds)."""
-    folder, pruning = Path(arguments.out), ROWS[name].partition("--finetune ")[0]
+    folder = Path(arguments.out) / f"{_slug(name)}-{seed}"
+    pruned, shared = (
+        folder / "pruned.pt",
+        folder.with_name(f"{_slug(ROWS[name].partition('--finetune ')[0])}-{seed}.pt"),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    if shared.exists() and not pruned.exists():
+        pruned.hardlink_to(shared)
     command = [
         *(sys.executable, str(ROOT / "prune.py"), "--base_model", arguments.model, *ROWS[name].split()),
         *("--calibration", arguments.calibration, "--finetune_data", arguments.calibration, "--seed", str(seed)),
         *("--eval_text", arguments.text, "--eval_samples", "0" if arguments.whole else "16"),
-        *("--out", str(folder / f"{_slug(pruning)}-{seed}.pt")),
-        *("--save_ckpt_log_name", str(folder.relative_to("logs") / f"{_slug(name)}-{seed}")),
+        *("--out", str(pruned), "--save_ckpt_log_name", str(folder.relative_to("logs"))),
     ]
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name}: {done.stderr.strip() or done.stdout.strip()}")
+    if pruned.exists() and not shared.exists():
+        shared.hardlink_to(pruned)
     found = dict(re.findall(r"^PPL (before|after) (?:pruning|recovery): ([\d.]+)$", done.stdout, flags=re.M))
     return float(found["before"]), float(found["after"]), time.perf_counter() - began
 

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.onednn import product, takes
+
 IGNORE_INDEX = -100  # a target that carries no loss
+_OUTER_ROWS = 8192  # of the head's gradient at a time, where it cannot be added in place
 
 
 def linear_cross_entropy_sum(
@@ -159,7 +162,7 @@ def _distillation(
     rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # (S,) the supervised positions
     step = min(chunk or chunk_rows(3 * vocab_size, hidden.device.type), max(1, len(rows)))
     exact = torch.promote_types(dtype, torch.float32)
-    buffers = torch.empty(3, step, vocab_size, dtype=exact, device=hidden.device)
+    buffers = None if takes(hidden, table) else torch.empty(3, step, vocab_size, dtype=exact, device=hidden.device)
     kl = torch.zeros((), dtype=exact, device=hidden.device)
     ce = torch.zeros_like(kl)
     grad_hidden = torch.zeros_like(hidden) if need_hidden else None
@@ -167,11 +170,11 @@ def _distillation(
     with torch.no_grad():
         for start in range(0, len(rows), step):
             piece = rows[start : start + step]  # (n,)
-            ours, theirs, p = buffers[:, : len(piece)]  # (n, v) each
+            outs = (None,) * 3 if buffers is None else buffers[:, : len(piece)]
             x = hidden.detach()[piece].to(dtype)  # (n, C)
-            _log_softmax(x, table, vocab_size, ours)
-            _log_softmax(teacher_hidden[piece].to(dtype), teacher_table, vocab_size, theirs)
-            torch.exp(theirs, out=p)
+            ours = _log_softmax(x, table, vocab_size, outs[0])  # (n, v), as the next two
+            theirs = _log_softmax(teacher_hidden[piece].to(dtype), teacher_table, vocab_size, outs[1])
+            p = torch.exp(theirs, out=outs[2])
             # Summed as differences: each is small where the two agree, the entropies themselves are not.
             kl += theirs.sub_(ours).mul_(p).sum()
             wanted = targets[piece].unsqueeze(1)  # (n, 1)
@@ -183,9 +186,10 @@ def _distillation(
                 delta.scatter_add_(1, wanted, torch.full_like(wanted, -hard, dtype=exact))
             delta = delta.to(dtype)
             if grad_hidden is not None:
-                grad_hidden.index_copy_(0, piece, (delta @ table).to(hidden.dtype))
+                grad_hidden.index_copy_(0, piece, product(delta, table.t()).to(hidden.dtype))
             if grad_weight is not None:
                 _add_outer(grad_weight[:vocab_size], delta, x)
+            del ours, delta  # before the next piece makes its own
     grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
     return ((1.0 - hard) * kl + hard * ce, kl, ce), grad_hidden, grad_weight
 
@@ -217,8 +221,8 @@ def _losses(
     rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # (S,) the supervised positions
     step = min(chunk or chunk_rows(weight.size(0), device), max(1, len(rows)))
     exact = torch.promote_types(dtype, torch.float32)
-    # One buffer for all pieces: a fresh one of this size costs page faults each time.
-    buffer = torch.empty(step, weight.size(0), dtype=exact, device=hidden.device)
+    # One buffer for all pieces: a fresh one of this size costs page faults each time. oneDNN makes its own.
+    buffer = None if takes(hidden, table) else torch.empty(step, weight.size(0), dtype=exact, device=hidden.device)
     nll = torch.empty(len(rows), dtype=exact, device=hidden.device)
     grad_hidden = torch.zeros_like(hidden) if need_hidden else None
     grad_weight = None
@@ -227,7 +231,7 @@ def _losses(
             piece = rows[start : start + step]  # (n,)
             x = hidden.detach()[piece].to(dtype)  # (n, C)
             wanted = targets[piece].unsqueeze(1)  # (n, 1)
-            scores = _log_softmax(x, table, vocab_size, buffer[: len(piece)])  # (n, V)
+            scores = _log_softmax(x, table, vocab_size, None if buffer is None else buffer[: len(piece)])  # (n, V)
             nll[start : start + step] = -scores.gather(1, wanted).squeeze(1)
             if not (need_hidden or need_weight):
                 continue
@@ -237,17 +241,20 @@ def _losses(
                 delta = delta.mul_(counts[piece].unsqueeze(1))
             delta = delta.to(dtype)
             if grad_hidden is not None:
-                grad_hidden.index_copy_(0, piece, (delta @ table).to(hidden.dtype))
+                grad_hidden.index_copy_(0, piece, product(delta, table.t()).to(hidden.dtype))
             if need_weight:
                 grad_weight = _add_outer(grad_weight, delta, x)
+            del scores, delta  # before the next piece makes its own
     if need_weight:
         grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
     return nll, grad_hidden, grad_weight
 
 
-def _log_softmax(x: Tensor, table: Tensor, vocab_size: int, out: Tensor) -> Tensor:
-    """The log-probabilities (n, V) of x (n, C), written into `out`; -inf from vocab_size on."""
-    if x.dtype == out.dtype:
+def _log_softmax(x: Tensor, table: Tensor, vocab_size: int, out: Tensor | None) -> Tensor:
+    """The log-probabilities (n, V) of x (n, C), written into `out` where there is one; -inf from vocab_size on."""
+    if out is None:
+        out = product(x, table)
+    elif x.dtype == out.dtype:
         torch.mm(x, table.t(), out=out)
     else:
         out.copy_(x @ table.t())
@@ -258,10 +265,12 @@ def _log_softmax(x: Tensor, table: Tensor, vocab_size: int, out: Tensor) -> Tens
 def _add_outer(total: Tensor | None, delta: Tensor, x: Tensor) -> Tensor:
     """total + delta.T @ x, (V, C), in place, at least fp32. The first piece makes the total: nothing is zero-filled."""
     if total is None:
-        return (delta.t() @ x).to(torch.promote_types(delta.dtype, torch.float32))
-    if delta.dtype == total.dtype:
+        return product(delta.t(), x.t()).to(torch.promote_types(delta.dtype, torch.float32))
+    if delta.dtype == total.dtype and not takes(delta.t(), x.t()):
         return total.addmm_(delta.t(), x)
-    return total.add_(delta.t() @ x)
+    for part, columns in zip(total.split(_OUTER_ROWS), delta.split(_OUTER_ROWS, dim=1)):
+        part.add_(product(columns.t(), x.t()))
+    return total
 
 
 def chunk_rows(vocab_size: int, device: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from data.loader import Batch, eval_batches
 from data.shards import open_dataset
 from formats.checkpoint import load_checkpoint, save_checkpoint
+from model import loss, onednn
 from model.gpt import GPT
 from model.loss import linear_distillation_sum
 from tests.runs import BARE, changed_losses, log, losses, records, tune, weights
@@ -83,23 +85,27 @@ def test_the_divergence_from_itself_is_nothing_and_so_is_its_gradient() -> None:
     assert all(not gradient.any() for gradient in torch.autograd.grad(loss, (hidden, weight)))
 
 
-def test_no_array_is_as_large_as_all_logits() -> None:
+@pytest.mark.parametrize("by_onednn", [False, True])
+def test_no_array_is_as_large_as_all_logits(by_onednn: bool) -> None:
     """The largest arrays of forward and backward are the head and three pieces, not N x V."""
     hidden, weight = torch.randn(64, 4).requires_grad_(), torch.randn(1000, 4).requires_grad_()
-    largest = 0
-    empty = torch.empty
+    sizes: list[int] = []
 
-    def spy(*size: Any, **more: Any) -> torch.Tensor:
-        nonlocal largest
-        tensor = empty(*size, **more)
-        largest = max(largest, tensor.numel())
-        return tensor
+    def spy(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def made(*given: Any, **more: Any) -> torch.Tensor:
+            tensor = make(*given, **more)
+            sizes.append(tensor.numel())
+            return tensor
+
+        return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "empty", spy)
+        patch.setattr(onednn, "pays_here", lambda: by_onednn)
+        patch.setattr(torch, "empty", spy(torch.empty))
+        patch.setattr(loss, "product", spy(loss.product))
         args = (torch.randn(64, 4), torch.randn(1000, 4), torch.randint(1000, (64,)), 1000)
         linear_distillation_sum(hidden, weight, *args, chunk=8)[0].backward()
-    assert largest == 3 * 8 * 1000
+    assert max(sizes) == 8 * 1000 * (1 if by_onednn else 3)
 
 
 # -- the objective ---------------------------------------------------------------------------------------------------

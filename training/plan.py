@@ -17,13 +17,13 @@ head_dim, M = mlp_dim, V = rows of the head; f = 4 in float32, 2 under autocast:
                  T x T scores on a CPU. A block below everything that trains keeps nothing. With gradient checkpointing
                  a block keeps its input alone (4 N C) and, one block at a time, the rest
     logits       those of one piece of the loss (see model/loss.py), or, where that is more, what one block's backward
-                 holds for a moment (3 N M, SwiGLU 5 N M); the gradient of the stream (2 N C), and of the head where
-                 another micro-batch's is there already
+                 holds for a moment (3 N M, SwiGLU 5 N M; one more by oneDNN, see model/onednn.py); the gradient of the
+                 stream (2 N C), and of the head where another micro-batch's is there already
     Several processes share some of this out, see training/shares.py.
 
     saving       a copy of weights that are saved and optimizer, where a large checkpoint is written beside the steps
     allocator    on a CPU under glibc, whose freed memory is kept for speed (see training/heap.py): 0.2 of what all
-                 blocks keep without gradient checkpointing, in holes that are not used again
+                 blocks keep without gradient checkpointing, in holes that are not used again; by oneDNN another 8 MB
 
 The peak is weights, optimizer, saving and allocator and the larger of two moments: the end of forward (activations,
 logits, gradients of micro-batches before) and the end of backward (all gradients, one block's passing arrays). Left out
@@ -47,6 +47,7 @@ from model.config import GPTConfig
 from model.gpt import GPT, Block
 from model.lora import LoraLayer
 from model.loss import chunk_rows
+from model.onednn import pays_here
 from model.tuning import METHODS, apply_method, trainable_report
 from training.heap import heap_is_tuned, keeps_freed_memory
 from training.network import chosen_method
@@ -60,6 +61,7 @@ from training.shares import Share
 # began they were 0.27 to 1.44. With ESPALIER_MALLOC=default MALLOC_MMAP_THRESHOLD_=65536 there are none, but steps take
 # up to 1.4 times as long.
 _HOLES, _HOLES_UNTUNED = 0.2, 0.65
+_ONEDNN = 8_000_000  # bytes: its kernels, made as shapes come, and scratch memory
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def plan_memory(settings: RunSettings, config: GPTConfig, device: str = "cpu", w
         passing=kept.passing() + 8 * kept.tokens * config.n_embd,
         earlier_gradients=share.earlier(trainable) * earlier or head,
         saving=_saving(settings, 4 * (trainable if _adapts(settings) else total) + state, device),
-        allocator=int(_holes(device) * kept.activations(False)),
+        allocator=int(_holes(device) * kept.activations(False)) + _ONEDNN * _by_onednn(device, mixed),
         trainable=trainable,
         parameters=total,
     )
@@ -142,6 +144,11 @@ def _saving(settings: RunSettings, checkpoint: int, device: str) -> int:
     return checkpoint if device == "cpu" and between and beside else 0
 
 
+def _by_onednn(device: str, mixed: bool) -> bool:
+    """Whether products are oneDNN's."""
+    return device == "cpu" and not mixed and pays_here()
+
+
 def _holes(device: str) -> float:
     """Of what the blocks keep, how much of the heap is lost in holes."""
     if device != "cpu" or not keeps_freed_memory():
@@ -158,6 +165,7 @@ class _Kept:
         self.length = min(settings.block_size, model.context_length)
         self.tokens = self.rows * self.length
         self.size = 2 if mixed else 4  # bytes of what matmuls take and give
+        self.copies = int(_by_onednn(device, mixed))  # of a layer's output gradient, for that of its weight
         self.masked = isinstance(settings, FinetuneSettings)  # records, of which each row holds several
 
     def activations(self, checkpointing: bool) -> int:
@@ -179,7 +187,8 @@ class _Kept:
     def passing(self) -> int:
         """Bytes that one block's backward holds for a moment."""
         widest = max(self.model.config.layer(i).mlp_dim for i in range(self.model.config.n_layer))
-        return (5 if self.model.config.mlp == "swiglu" else 3) * self.size * self.tokens * widest
+        arrays = (5 if self.model.config.mlp == "swiglu" else 3) + self.copies  # (N, M)
+        return arrays * self.size * self.tokens * widest
 
     def _block(self, block: Block, stream: bool) -> tuple[int, bool]:
         """Bytes that a block keeps, and whether the stream behind it has a gradient; `stream`: before it."""

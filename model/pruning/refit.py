@@ -89,8 +89,8 @@ def refit_scattered(
 ) -> Tensor:
     """weight (out, in) fitted on the single weights that keep, bool (out, in), leaves; zero elsewhere.
 
-    Each row has its own zeros, so the exact optimum would be a Cholesky factor a row. Instead all rows take `steps` steps
-    of conjugate gradients together, preconditioned by H's diagonal, from `start` (SparseGPT's weights, say, which are
+    Each row has its own zeros, so that the exact optimum is a Cholesky factor a row. Instead all rows take `steps` of
+    conjugate gradients together, preconditioned by H's diagonal, from `start` (SparseGPT's weights, say, which are
     zero outside keep): one product with H a step.
     """
     whole = damped(second, damping)
