@@ -161,8 +161,6 @@ class Peers:
             silent, lines = self._look()
         except RuntimeError:
             return PeersLost(self.last_words(self._no_store("").reason()))
-        if self.rank == 0 and self._agent is None:  # the store lives in this process, and the others are asking it
-            time.sleep(BEAT_S + (0.0 if all(member.is_here for member in self.members) else SILENT_S))
         failed = [rank for rank, line in lines.items() if line.startswith(_FAILED)]
         if silent:
             reason = "; ".join(f"{blame(self.members[rank])}, {_last(lines[rank])}" for rank in silent)
@@ -170,7 +168,17 @@ class Peers:
             reason = "; ".join(self._failure(rank, lines[rank]) for rank in failed)
         else:
             reason = f"the processes did not meet, though none is dead ({self._places(lines)})"
+        if self.rank == 0 and self._agent is None:
+            self._leave_with_store(reason)
         return PeersLost(self.last_words(reason))
+
+    def _leave_with_store(self, reason: str) -> None:
+        """The store lives in this process. Others may be asking it, or wait in their exchange for this process alone,
+        which they would take for the one that is gone: they are told.
+        """
+        with contextlib.suppress(RuntimeError):
+            self._connect().set(_VERDICT, reason)
+        time.sleep(2 * BEAT_S + (0.0 if all(member.is_here for member in self.members) else SILENT_S))
 
     def _look(self) -> tuple[list[int], dict[int, str]]:
         """Who is silent, and the last line of each. Takes SILENT_S, in which whoever lives beats, or until a process of
