@@ -17,13 +17,14 @@ head_dim, M = mlp_dim, V = rows of the head; f = 4 in float32, 2 under autocast:
                  T x T scores on a CPU. A block below everything that trains keeps nothing. With gradient checkpointing
                  a block keeps its input alone (4 N C) and, one block at a time, the rest
     logits       those of one piece of the loss (see model/loss.py), or, where that is more, what one block's backward
-                 holds for a moment (3 N M, SwiGLU 5 N M; one more by oneDNN, see model/onednn.py); the gradient of the
-                 stream (2 N C), and of the head where another micro-batch's is there already
+                 holds for a moment (3 N M, SwiGLU 5 N M; where oneDNN makes a weight's gradient, see model/onednn.py,
+                 one more, and 8 MB for its kernels); the gradient of the stream (2 N C), and of the head where
+                 another micro-batch's is there already
     Several processes share some of this out, see training/shares.py.
 
     saving       a copy of weights that are saved and optimizer, where a large checkpoint is written beside the steps
     allocator    on a CPU under glibc, whose freed memory is kept for speed (see training/heap.py): 0.2 of what all
-                 blocks keep without gradient checkpointing, in holes that are not used again; by oneDNN another 8 MB
+                 blocks keep without gradient checkpointing, in holes that are not used again
 
 The peak is weights, optimizer, saving and allocator and the larger of two moments: the end of forward (activations,
 logits, gradients of micro-batches before) and the end of backward (all gradients, one block's passing arrays). Left out
@@ -112,17 +113,19 @@ def plan_memory(settings: RunSettings, config: GPTConfig, device: str = "cpu", w
     earlier = _earlier_gradients(settings, config, world_size)
     head = 4 * model.head_weight.numel() if model.head_weight.requires_grad else 0
     pieces = min(chunk_rows(config.padded_vocab_size, device), kept.tokens) * config.padded_vocab_size * 4
+    own = _ONEDNN * kept.copies
+    activations, again = kept.activations(settings.gradient_checkpointing), kept.again
     return MemoryPlan(
         weights=beside + share.weights(weights) + _reference(settings, share, weights + beside),
         # With --exact, sums of micro-batches wait beside the one in the making, and ranks swap the last of them.
         gradients=share.gradients(trainable) * (1 + max(earlier, int(world_size > 1)) if settings.exact else 1),
         optimizer=share.optimizer(state),
-        activations=kept.activations(settings.gradient_checkpointing),
-        logits=max(pieces, kept.passing()) + 8 * kept.tokens * config.n_embd + (head if earlier else 0),
-        passing=kept.passing() + 8 * kept.tokens * config.n_embd,
+        activations=activations,
+        logits=max(pieces, kept.passing()) + 8 * kept.tokens * config.n_embd + (head if earlier else 0) + own,
+        passing=kept.passing() + again + 8 * kept.tokens * config.n_embd + own,
         earlier_gradients=share.earlier(trainable) * earlier or head,
         saving=_saving(settings, 4 * (trainable if _adapts(settings) else total) + state, device),
-        allocator=int(_holes(device) * kept.activations(False)) + _ONEDNN * _by_onednn(device, mixed),
+        allocator=int(_holes(device) * kept.activations(False)),
         trainable=trainable,
         parameters=total,
     )
@@ -165,7 +168,11 @@ class _Kept:
         self.length = min(settings.block_size, model.context_length)
         self.tokens = self.rows * self.length
         self.size = 2 if mixed else 4  # bytes of what matmuls take and give
-        self.copies = int(_by_onednn(device, mixed))  # of a layer's output gradient, for that of its weight
+        # oneDNN copies a layer's output gradient for that of its weight, where that trains.
+        trains = any(p.requires_grad for block in model.h for p in block.parameters() if p.dim() == 2)
+        adapted = any(isinstance(module, LoraLayer | Bottleneck) for module in model.modules())
+        self.copies = int(_by_onednn(device, mixed) and trains and not adapted)
+        self.again = 0  # bytes of a block that is computed again in backward, known with the activations
         self.masked = isinstance(settings, FinetuneSettings)  # records, of which each row holds several
 
     def activations(self, checkpointing: bool) -> int:
@@ -180,8 +187,9 @@ class _Kept:
             stream = leaves
             blocks.append(kept)
         last = width * _norm_copies(self.model.ln_f, stream)
+        self.again = max(blocks) if checkpointing else 0
         if checkpointing:
-            return inputs + max(blocks) + last
+            return inputs + self.again + last
         return sum(blocks) + last + (width if self.settings.dropout else 0)
 
     def passing(self) -> int:
