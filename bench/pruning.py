@@ -52,13 +52,15 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-zA-Z0-9]+", "-", text).strip("-")
 
 
+def _shared(name: str, arguments: argparse.Namespace, seed: int) -> Path:
+    """The pruned model of all rows that prune alike."""
+    return Path(arguments.out) / f"{_slug(ROWS[name].partition('--finetune ')[0])}-{seed}.pt"
+
+
 def run(name: str, arguments: argparse.Namespace, seed: int) -> tuple[float, float, float]:
     """One row: (perplexity before, at the end, seconds)."""
     folder = Path(arguments.out) / f"{_slug(name)}-{seed}"
-    pruned, shared = (
-        folder / "pruned.pt",
-        folder.with_name(f"{_slug(ROWS[name].partition('--finetune ')[0])}-{seed}.pt"),
-    )
+    pruned, shared = folder / "pruned.pt", _shared(name, arguments, seed)
     folder.mkdir(parents=True, exist_ok=True)
     if shared.exists() and not pruned.exists():
         pruned.hardlink_to(shared)
@@ -74,6 +76,9 @@ def run(name: str, arguments: argparse.Namespace, seed: int) -> tuple[float, flo
         sys.exit(f"{name}: {done.stderr.strip() or done.stdout.strip()}")
     if pruned.exists() and not shared.exists():
         shared.hardlink_to(pruned)
+    for file in folder.rglob("*.pt"):  # half a gigabyte each
+        if not arguments.keep:
+            file.unlink()
     found = dict(re.findall(r"^PPL (before|after) (?:pruning|recovery): ([\d.]+)$", done.stdout, flags=re.M))
     return float(found["before"]), float(found["after"]), time.perf_counter() - began
 
@@ -99,9 +104,9 @@ def main() -> None:
             f"{min(ratios):.3f} to {max(ratios):.3f} | {statistics.median(seconds for *_, seconds in found):.0f} |",
             flush=True,
         )
-    for file in Path(arguments.out).rglob("*.pt"):  # half a gigabyte each
-        if not arguments.keep:
-            file.unlink()
+    for name in [] if arguments.keep else arguments.rows:
+        for seed in arguments.seeds:
+            _shared(name, arguments, seed).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

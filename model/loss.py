@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.onednn import product, takes
+from model.linear import linear
+from model.onednn import takes
 
 IGNORE_INDEX = -100  # a target that carries no loss
 _OUTER_ROWS = 8192  # of the head's gradient at a time, where it cannot be added in place
@@ -186,7 +187,7 @@ def _distillation(
                 delta.scatter_add_(1, wanted, torch.full_like(wanted, -hard, dtype=exact))
             delta = delta.to(dtype)
             if grad_hidden is not None:
-                grad_hidden.index_copy_(0, piece, product(delta, table.t()).to(hidden.dtype))
+                grad_hidden.index_copy_(0, piece, linear(delta, table.t()).to(hidden.dtype))
             if grad_weight is not None:
                 _add_outer(grad_weight[:vocab_size], delta, x)
             del ours, delta  # before the next piece makes its own
@@ -241,7 +242,7 @@ def _losses(
                 delta = delta.mul_(counts[piece].unsqueeze(1))
             delta = delta.to(dtype)
             if grad_hidden is not None:
-                grad_hidden.index_copy_(0, piece, product(delta, table.t()).to(hidden.dtype))
+                grad_hidden.index_copy_(0, piece, linear(delta, table.t()).to(hidden.dtype))
             if need_weight:
                 grad_weight = _add_outer(grad_weight, delta, x)
             del scores, delta  # before the next piece makes its own
@@ -253,7 +254,7 @@ def _losses(
 def _log_softmax(x: Tensor, table: Tensor, vocab_size: int, out: Tensor | None) -> Tensor:
     """The log-probabilities (n, V) of x (n, C), written into `out` where there is one; -inf from vocab_size on."""
     if out is None:
-        out = product(x, table)
+        out = linear(x, table)
     elif x.dtype == out.dtype:
         torch.mm(x, table.t(), out=out)
     else:
@@ -265,11 +266,11 @@ def _log_softmax(x: Tensor, table: Tensor, vocab_size: int, out: Tensor | None) 
 def _add_outer(total: Tensor | None, delta: Tensor, x: Tensor) -> Tensor:
     """total + delta.T @ x, (V, C), in place, at least fp32. The first piece makes the total: nothing is zero-filled."""
     if total is None:
-        return product(delta.t(), x.t()).to(torch.promote_types(delta.dtype, torch.float32))
-    if delta.dtype == total.dtype and not takes(delta.t(), x.t()):
-        return total.addmm_(delta.t(), x)
+        return linear(delta.t(), x.t()).to(torch.promote_types(delta.dtype, torch.float32))
+    if not takes(delta.t(), x.t()):
+        return total.addmm_(delta.t(), x) if delta.dtype == total.dtype else total.add_(delta.t() @ x)
     for part, columns in zip(total.split(_OUTER_ROWS), delta.split(_OUTER_ROWS, dim=1)):
-        part.add_(product(columns.t(), x.t()))
+        part.add_(linear(columns.t(), x.t()))
     return total
 
 

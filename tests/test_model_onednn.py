@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from model import onednn
 from model.linear import Linear, linear
 from model.loss import linear_cross_entropy_sum, linear_distillation_sum
-from model.onednn import LEAST_ROWS, pays_here, product, takes
+from model.onednn import LEAST_ROWS, pays_here, takes
 
 if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
     pytest.skip("this torch has no oneDNN", allow_module_level=True)
@@ -60,8 +60,8 @@ def test_strides_do_not_matter_and_the_bits_repeat(use: Switch) -> None:
     use(True)
     torch.manual_seed(1)
     x, weight = torch.randn(60, 40)[:, ::2], torch.randn(20, 30).t()
-    torch.testing.assert_close(product(x, weight), x @ weight.t(), atol=2e-5, rtol=1e-5)
-    assert torch.equal(product(x, weight), product(x.contiguous(), weight)) and not x.is_contiguous()
+    torch.testing.assert_close(linear(x, weight), x @ weight.t(), atol=2e-5, rtol=1e-5)
+    assert torch.equal(linear(x, weight), linear(x.contiguous(), weight)) and not x.is_contiguous()
 
 
 @pytest.mark.parametrize("teacher", [False, True])

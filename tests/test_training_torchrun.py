@@ -24,7 +24,7 @@ from training.run_folder import RunFolder, lock_file
 
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 # A struck life makes 8 to 16 steps, as busy as the machine is: the run must not end before the last strike.
-STEPS, INTERVAL = 360, 4
+STEPS, INTERVAL = 360, 4  # a struck life makes 8 to 16 steps; the run must not end before the last strike
 pytestmark = pytest.mark.slow
 
 
@@ -134,9 +134,9 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
     return made
 
 
-def check_as_if_nothing_had_been(job: Job, whole: Run) -> None:
-    found = differences(job.run.folder, whole.folder)
-    assert [line for line in found if not line.endswith("settings.parallel")] == []
+def check_as_if_nothing_had_been(job: Job, whole: Run, parallel_differs: bool = False) -> None:
+    files = (f"model_{STEPS - 1:05d}.pt", "best.pt") if parallel_differs else ()
+    assert differences(job.run.folder, whole.folder) == [f"{name}: settings.parallel" for name in files]
     assert records(job.run.folder) == records(whole.folder)
     assert job.run.status() == whole.status()
     assert not list(job.run.folder.glob(".tmp-*")) and not list(job.run.folder.glob("earlier-*"))
@@ -152,7 +152,7 @@ def test_20_sigkills_of_either_rank_of_both_and_of_the_agent(calm: Callable[[str
     began = job.resumed_from()
     print(f"{len(kinds)} kills, {redone} steps re-done, went on after {began}")
     assert len(began) == len(kinds) and len(set(began)) >= len(kinds) // 2 and redone >= len(kinds)
-    assert began[-1] - began[0] >= 50, "progress between the kills"
+    assert began[-1] - began[0] >= INTERVAL * (len(kinds) - 1), "progress between the kills"
     named = len(re.findall(r"error: rank [01] \(host .*?\) is gone", job.output))
     assert named >= 6, "survivors name the dead"
     check_as_if_nothing_had_been(job, calm("ddp"))
@@ -169,8 +169,8 @@ def test_sigkills_where_no_process_has_it_all(
     assert job.agent.wait(300) == 0, job.output[-3000:]
     began = job.resumed_from()
     print(f"{parallel}: {len(began)} kills, {redone} steps re-done, went on after {began}")
-    assert len(began) == 6 and began[-1] - began[0] >= 16 and redone >= 3
-    check_as_if_nothing_had_been(job, calm(like))
+    assert len(began) == 6 and began[-1] - began[0] >= INTERVAL * 5 and redone >= 3
+    check_as_if_nothing_had_been(job, calm(like), parallel != like)
 
 
 def test_a_signal_to_the_agent_and_a_process_that_hangs(calm: Callable[[str], Run], tmp_path: Path) -> None:
@@ -198,6 +198,4 @@ def test_a_signal_to_the_agent_and_a_process_that_hangs(calm: Callable[[str], Ru
         assert not Path(f"/proc/{hung}").exists()
     job.start()
     assert job.agent.wait(300) == 0, job.output[-3000:]
-    whole = calm("ddp")
-    assert not differences(job.run.folder, whole.folder)
-    assert job.run.status() == whole.status()
+    check_as_if_nothing_had_been(job, calm("ddp"))

@@ -35,6 +35,7 @@ on a CPU only; for a GPU it is an estimate.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -114,15 +115,14 @@ def plan_memory(settings: RunSettings, config: GPTConfig, device: str = "cpu", w
     head = 4 * model.head_weight.numel() if model.head_weight.requires_grad else 0
     pieces = min(chunk_rows(config.padded_vocab_size, device), kept.tokens) * config.padded_vocab_size * 4
     own = _ONEDNN * kept.copies
-    activations, again = kept.activations(settings.gradient_checkpointing), kept.again
     return MemoryPlan(
         weights=beside + share.weights(weights) + _reference(settings, share, weights + beside),
         # With --exact, sums of micro-batches wait beside the one in the making, and ranks swap the last of them.
         gradients=share.gradients(trainable) * (1 + max(earlier, int(world_size > 1)) if settings.exact else 1),
         optimizer=share.optimizer(state),
-        activations=activations,
+        activations=kept.activations(settings.gradient_checkpointing),
         logits=max(pieces, kept.passing()) + 8 * kept.tokens * config.n_embd + (head if earlier else 0) + own,
-        passing=kept.passing() + again + 8 * kept.tokens * config.n_embd + own,
+        passing=kept.passing() + kept.again(settings.gradient_checkpointing) + 8 * kept.tokens * config.n_embd + own,
         earlier_gradients=share.earlier(trainable) * earlier or head,
         saving=_saving(settings, 4 * (trainable if _adapts(settings) else total) + state, device),
         allocator=int(_holes(device) * kept.activations(False)),
@@ -170,13 +170,12 @@ class _Kept:
         self.size = 2 if mixed else 4  # bytes of what matmuls take and give
         # oneDNN copies a layer's output gradient for that of its weight, where that trains.
         trains = any(p.requires_grad for block in model.h for p in block.parameters() if p.dim() == 2)
-        adapted = any(isinstance(module, LoraLayer | Bottleneck) for module in model.modules())
-        self.copies = int(_by_onednn(device, mixed) and trains and not adapted)
-        self.again = 0  # bytes of a block that is computed again in backward, known with the activations
+        self.copies = int(_by_onednn(device, mixed) and trains and not _adapts(settings))
         self.masked = isinstance(settings, FinetuneSettings)  # records, of which each row holds several
 
-    def activations(self, checkpointing: bool) -> int:
-        """Bytes of all blocks and of the last norm."""
+    @functools.cached_property
+    def blocks(self) -> tuple[list[int], int, int]:
+        """Bytes that each block keeps; that the inputs of those which keep something take; and of the last norm."""
         width = 4 * self.tokens * self.model.config.n_embd
         stream = self.model.wte.weight.requires_grad or self.model.prompt is not None
         blocks, inputs = [], 0
@@ -186,11 +185,18 @@ class _Kept:
             inputs += width if stream and kept else 0
             stream = leaves
             blocks.append(kept)
-        last = width * _norm_copies(self.model.ln_f, stream)
-        self.again = max(blocks) if checkpointing else 0
+        return blocks, inputs, width * _norm_copies(self.model.ln_f, stream)
+
+    def activations(self, checkpointing: bool) -> int:
+        """Bytes of all blocks and of the last norm."""
+        blocks, inputs, last = self.blocks
         if checkpointing:
-            return inputs + self.again + last
-        return sum(blocks) + last + (width if self.settings.dropout else 0)
+            return inputs + max(blocks) + last
+        return sum(blocks) + last + (4 * self.tokens * self.model.config.n_embd if self.settings.dropout else 0)
+
+    def again(self, checkpointing: bool) -> int:
+        """Bytes of the block that backward is computing again, the largest."""
+        return max(self.blocks[0]) if checkpointing else 0
 
     def passing(self) -> int:
         """Bytes that one block's backward holds for a moment."""
