@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -73,7 +75,11 @@ def peak_memory_mb(device: torch.device) -> float:
     """Largest memory so far in MB: of the GPU where there is one, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:  # Linux's ru_maxrss of a process begins at what its parent held when it was started
+        high = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        high = None
+    peak = int(high[1]) if high else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
