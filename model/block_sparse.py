@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.gpt import GPT
-from model.linear import Linear, is_decoding_step
+from model.linear import Linear, is_decoding_step, linear
 from model.masks import Mask, Masks
 
 _FEW = 8  # rows of input up to which the blocks are read as they lie
@@ -67,12 +67,12 @@ class BlockLinear(nn.Module):
         """x (..., in) -> (..., out)."""
         if is_decoding_step(x):
             return self.few_rows(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
-        return F.linear(x, self.dense_weight().to(x.dtype), self.bias)
+        return linear(x, self.dense_weight().to(x.dtype), self.bias)
 
     def few_rows(self, x: Tensor) -> Tensor:
         """x (R, in), a decoding step's rows -> (R, out)."""
         if x.size(0) > _FEW or not len(self.table):
-            return F.linear(x, self.dense_weight(), self.bias)
+            return linear(x, self.dense_weight(), self.bias)
         y = self._from_blocks(x)
         return y if self.bias is None else y + self.bias
 
@@ -92,10 +92,9 @@ class BlockLinear(nn.Module):
     def dense_weight(self) -> Tensor:
         """The weight (out, in) with its zeros."""
         row_blocks, column_blocks = self.bits.shape
-        blocks = self.table.new_zeros(row_blocks, column_blocks, self.columns, self.rows)
-        blocks[self.bits] = self.table.view(-1, self.columns, self.rows)
-        whole = blocks.permute(0, 3, 1, 2).reshape(row_blocks * self.rows, -1)
-        return whole[: self.out_features, : self.in_features]
+        whole = self.table.new_zeros(row_blocks, self.rows, column_blocks, self.columns)
+        whole.permute(0, 2, 3, 1)[self.bits] = self.table.view(-1, self.columns, self.rows)
+        return whole.view(row_blocks * self.rows, -1)[: self.out_features, : self.in_features]
 
 
 class LayoutLinear(nn.Module):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.onednn import onednn_linear, takes
+from model.onednn import multiply, onednn_linear, takes, takes_few
 
 
 class Linear(nn.Linear):
@@ -53,6 +53,8 @@ def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
     8 rows 12.3 and 6.2 ms. A single row is a matrix times a vector, which MKL does on one core: a row beside it makes
     it a product of matrices. From 8 to 15 rows, four at a time are quicker than all at once (12 rows: 9.2, not 14.5).
     """
+    if takes_few(x, weight):
+        return multiply(x, weight, None)
     R = x.size(0)
     if R == 1:
         return torch.mm(weight, torch.cat((x, x)).t()).select(1, 0).unsqueeze(0)
