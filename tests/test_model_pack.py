@@ -2,6 +2,10 @@
 
 import copy
 import dataclasses
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,3 +75,26 @@ def test_what_something_was_added_to_stays_as_it_is():
         for_generation(apply_lora(build(GPT2), LoraSettings(targets=("q_proj",))), "int8")
     with pytest.raises(ValueError, match="choose one of float32, int8, sparse"):
         for_generation(build(GPT2), "int4")
+
+
+_HELD = """
+import dataclasses
+from model.gpt import GPT
+from model.pack import for_generation
+from tests.measured_memory import memory
+from tests.model_helpers import GPT2
+model = GPT(dataclasses.replace(GPT2, n_layer=8, n_head=8, n_kv_head=8, head_dim=64, n_embd=512, mlp_dim=2048))
+weights = sum(p.numel() * p.element_size() for p in model.h.parameters())
+before = memory("VmRSS")
+for_generation(model, "int8")
+print((before - memory("VmRSS")) / weights)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has another heap")
+def test_what_int8_saves_is_given_back_to_the_system():
+    """A quarter of the weights stays, and what else was loaded to quantise them."""
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", _HELD], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 0.5
