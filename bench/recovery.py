@@ -92,6 +92,8 @@ def train(arguments: argparse.Namespace, shards: Path, folder: Path) -> None:
         *("--eval_interval", "40", "--max_eval_samples", "16", "--generate_interval", "0", "--log_interval", "1"),
         *("--checkpoint_interval", "40", "--keep_last_n_checkpoints", "0"),
     )
+    if json.loads((folder / "status.json").read_text())["state"] != "finished":
+        sys.exit("The run was stopped. The same command goes on with it.")
 
 
 def perplexity(path: Path | str, text: str) -> float:
