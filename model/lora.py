@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from model.gpt import GPT
-from model.linear import Linear
+from model.linear import Linear, linear
 from model.quantize import QuantizedLinear
 
 STARTS = ("default", "pissa")
@@ -168,6 +168,9 @@ class LoraLayer(nn.Module):
         """x (..., in) -> (..., out)."""
         if not self.enabled or self.base_copy is not None:
             return super().forward(x)
+        if self.mask is not None and not self.training and not torch.is_grad_enabled():
+            # As merged, to the bit, and one product, not two: under a mask the update is as large as the weight.
+            return linear(x, self.effective_weight().to(x.dtype), self._parameters["bias"])
         # Before the base's matmul: where x is recomputed in backward, recomputation stops short of the last matmul.
         update = self._update(x)
         out = super().forward(x) + update

@@ -184,6 +184,24 @@ def test_what_is_pruned_stays_so(changes):
         assert torch.equal(weights[name] != 0, mask.dense()), name
 
 
+@VARIANTS
+def test_without_gradients_an_update_under_a_mask_is_the_merged_weight_to_the_bit(changes):
+    model = build(LLAMA).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_proj.weight"):
+                parameter.mul_(torch.rand(parameter.shape) > 0.5)
+    model.masks = masks_of_zeros(model)
+    idx, _ = batch(LLAMA)
+    train_a_little(apply_lora(model, dataclasses.replace(ALL, **changes)))
+    model.eval()
+    assert all(layer.mask is not None for layer in lora_layers(model))
+    with torch.no_grad():
+        adapter = model(idx)
+        merge(model)
+        assert torch.equal(model(idx), adapter)
+
+
 def test_a_lora_that_ignores_the_mask_can_not_be_merged():
     model = prune(build(LLAMA)).eval()
     dense = apply_lora(copy.deepcopy(model), ALL)
