@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
+import importlib
 import io
 import sys
 from pathlib import Path
@@ -33,15 +33,12 @@ SHAPES = [(576, 576), (192, 576), (1536, 576), (576, 1536)]  # of SmolLM2-135M: 
 TOKENS, BATCHES = 512, 8
 
 
-def load(folder: str, file: str, name: str) -> Any:
-    """A class of a file in a clone."""
+def load(folder: str, module: str, name: str) -> Any:
+    """A class of a clone's module."""
     sys.path.insert(0, folder)
-    spec = importlib.util.spec_from_file_location(name, Path(folder) / file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    found = getattr(importlib.import_module(module), name)
     sys.path.remove(folder)
-    return getattr(module, name)
+    return found
 
 
 def problem(out: int, into: int, seed: int) -> tuple[Tensor, list[Tensor]]:
@@ -94,8 +91,8 @@ def main() -> None:
     parser.add_argument("--sparsegpt", required=True, help="clone of IST-DASLab/sparsegpt")
     arguments = parser.parse_args()
     methods = {
-        "Wanda": (compare_wanda, load(arguments.wanda, "lib/layerwrapper.py", "WrappedGPT")),
-        "SparseGPT": (compare_sparsegpt, load(arguments.sparsegpt, "sparsegpt.py", "SparseGPT")),
+        "Wanda": (compare_wanda, load(arguments.wanda, "lib.layerwrapper", "WrappedGPT")),
+        "SparseGPT": (compare_sparsegpt, load(arguments.sparsegpt, "sparsegpt", "SparseGPT")),
     }
     print("| method | pattern | matrix | equal mask bits | largest difference of a weight |\n" + "| --- " * 5 + "|")
     for name, (compare, kind) in methods.items():

@@ -97,7 +97,7 @@ def test_the_fuzzer_notices_errors_that_are_not_ours(error: BaseException) -> No
 
 def test_the_fuzzer_notices_what_takes_long_or_much() -> None:
     with pytest.raises(Failure, match="took"):
-        fuzz(failing(None, work=100_000_000), 1, seed=0)
+        fuzz(failing(None, work=300_000_000), 1, seed=0)
     greedy = failing(None)._replace(read=lambda value: value == "good" or bytearray(8 << 30))
     with pytest.raises(Failure, match="MemoryError"):
         fuzz(greedy, 1, seed=0)
