@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from model.gpt import GPT
 from model.linear import Linear, is_decoding_step, linear
 from model.masks import Mask, Masks
+from model.onednn import expect_bags
 
 _FEW = 8  # rows of input up to which the blocks are read as they lie
 _LEAST_ROWS = 8  # of a block: below, the sums are too short to be quicker than the dense product
@@ -43,6 +44,7 @@ class BlockLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, mask: Mask) -> None:
         super().__init__()
+        expect_bags()
         self.out_features, self.in_features = mask.shape
         self.rows, self.columns = mask.block
         if bool((weight.detach()[~mask.dense()] != 0).any()):

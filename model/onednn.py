@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 LEAST_ROWS = 16  # below it the two are even
 _LEAST_DECODED = 5  # rows of a decoding step, which MKL gets in the better of its ways (model/linear.py)
+_after_bags = False  # see takes_few
 
 
 @functools.cache
@@ -51,16 +52,22 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def expect_bags() -> None:
+    """From here on this process runs torch.embedding_bag between its products (model/block_sparse.py)."""
+    global _after_bags
+    _after_bags = True
+
+
 def takes_few(x: Tensor, weight: Tensor) -> bool:
     """Whether a decoding step's x (R, in) times weight (out, in) is better done here.
 
     SmolLM2-135M's products on two cores of Zen 5, MKL's time over oneDNN's: 8 rows 1.4, 32 rows 1.8, 5 rows 1.2, 2 to 4
-    rows 0.7 to 0.9. One row is even, and up to 1.1 where it makes a longer one. There MKL also loses half of its speed
-    for as long as a worker thread last ran torch.embedding_bag (model/block_sparse.py): 5.4 ms for the head, not 2.7.
+    rows 0.7 to 0.9, 1 row 0.93 of a whole step. But MKL loses half of its speed for as long as a worker thread last ran
+    torch.embedding_bag: 5.4 ms for the head, not 2.7. Then one row that makes a longer one is better here too.
     """
     R = len(x)
-    few_or_one = R >= _LEAST_DECODED or (R == 1 and weight.size(0) > weight.size(1))
-    return few_or_one and pays_here() and _is_whole(weight)
+    wanted = R >= _LEAST_DECODED or (R == 1 and _after_bags and weight.size(0) > weight.size(1))
+    return wanted and pays_here() and _is_whole(weight)
 
 
 def _is_whole(weight: Tensor) -> bool:
@@ -70,7 +77,7 @@ def _is_whole(weight: Tensor) -> bool:
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (R, in) @ weight (out, in).T + bias, without gradients."""
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    result: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return result
 
 

@@ -20,6 +20,7 @@ def test_few_rows_give_the_product_of_many(
     rows: int, bias: bool, out: int, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onednn, "pays_here", lambda: by_onednn)
+    monkeypatch.setattr(onednn, "_after_bags", True)
     torch.manual_seed(rows)
     layer = Linear(48, out, bias=bias)
     x = torch.randn(rows, 48)
@@ -49,17 +50,15 @@ def test_only_few_plain_fp32_rows_on_a_cpu_are_a_decoding_step() -> None:
         assert not is_decoding_step(torch.zeros(1, 4, device="meta"))
 
 
-def test_where_onednn_pays_it_takes_many_rows_and_the_one_that_makes_a_longer_one(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("bags", [False, True])
+def test_where_onednn_pays_it_takes_many_rows_and_after_bags_the_one_that_makes_a_longer_one(
+    bags: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onednn, "pays_here", lambda: True)
-    taken = {
-        (out, rows)
-        for out in (32, 64, 96)
-        for rows in range(33)
-        if onednn.takes_few(torch.zeros(rows, 64), torch.zeros(out, 64))
-    }
-    assert taken == {(out, rows) for out in (32, 64, 96) for rows in range(5, 33)} | {(96, 1)}
+    monkeypatch.setattr(onednn, "_after_bags", bags)
+    sizes = [(out, rows) for out in (32, 64, 96) for rows in range(33)]
+    taken = {(out, rows) for out, rows in sizes if onednn.takes_few(torch.zeros(rows, 64), torch.zeros(out, 64))}
+    assert taken == {(out, rows) for out, rows in sizes if rows >= 5} | ({(96, 1)} if bags else set())
     monkeypatch.setattr(onednn, "pays_here", lambda: False)
     assert not onednn.takes_few(torch.zeros(8, 64), torch.zeros(64, 64))
 
