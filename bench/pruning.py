@@ -14,6 +14,7 @@ that is trained on the same text stands as a control beside what recovery reache
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import statistics
 import subprocess
@@ -76,8 +77,8 @@ def run(name: str, arguments: argparse.Namespace, seed: int) -> tuple[float, flo
         sys.exit(f"{name}: {done.stderr.strip() or done.stdout.strip()}")
     if pruned.exists() and not shared.exists():
         shared.hardlink_to(pruned)
-    for file in folder.rglob("*.pt"):  # half a gigabyte each
-        if not arguments.keep:
+    if not arguments.keep:
+        for file in folder.rglob("*.pt"):  # half a gigabyte each
             file.unlink()
     found = dict(re.findall(r"^PPL (before|after) (?:pruning|recovery): ([\d.]+)$", done.stdout, flags=re.M))
     return float(found["before"]), float(found["after"]), time.perf_counter() - began
@@ -104,8 +105,8 @@ def main() -> None:
             f"{min(ratios):.3f} to {max(ratios):.3f} | {statistics.median(seconds for *_, seconds in found):.0f} |",
             flush=True,
         )
-    for name in [] if arguments.keep else arguments.rows:
-        for seed in arguments.seeds:
+    if not arguments.keep:
+        for name, seed in itertools.product(arguments.rows, arguments.seeds):
             _shared(name, arguments, seed).unlink(missing_ok=True)
 
 

@@ -36,15 +36,8 @@ def call(script: str, *words: str) -> None:
         sys.exit(done.returncode)
 
 
-def documents(path: str) -> list[str]:
-    """Of a file of JSON lines with `text`."""
-    from data.sources import documents
-
-    return [piece.text for piece in documents("jsonl", [path])]
-
-
 def make_samples(arguments: argparse.Namespace, texts: Sequence[str], to: Path) -> list[str]:
-    """The unpruned model's own text: (sample), one for each document."""
+    """The unpruned model's own text, a sample for each document."""
     if not to.exists():
         prompts = to.with_name("prompts.jsonl")
         rows = [{"prompt": " ".join(text.split()[:_WORDS])} for text in texts]
@@ -58,21 +51,23 @@ def make_samples(arguments: argparse.Namespace, texts: Sequence[str], to: Path) 
     return [row["prompt"] + row["answers"][0]["text"] for row in rows]
 
 
-def as_long_as(texts: Sequence[str], others: list[str]) -> list[str]:
+def as_long_as(texts: Sequence[str], others: Sequence[str]) -> list[str]:
     """So many of the others, drawn by a fixed seed, as have the length of the texts."""
-    random.Random(1337).shuffle(others)
-    ends = itertools.accumulate(map(len, others))
-    return [other for other, end in zip(others, ends, strict=True) if end <= sum(map(len, texts))]
+    length = sum(map(len, texts))
+    drawn = random.Random(1337).sample(others, len(others))
+    ends = itertools.accumulate(map(len, drawn))
+    return [other for other, end in zip(drawn, ends, strict=True) if end <= length]
 
 
 def make_text(arguments: argparse.Namespace, folder: Path) -> Path:
     """The mixture as token shards, a twentieth of it kept to validate on."""
     from data.manifest import MANIFEST
     from data.pydocs import pydocs_documents
+    from data.sources import documents
 
     mixture, shards = folder / "mixture.jsonl", folder / "mixture"
     if not (shards / MANIFEST).exists():
-        texts = documents(arguments.calibration)
+        texts = [piece.text for piece in documents("jsonl", [arguments.calibration])]
         samples = make_samples(arguments, texts, folder / "samples.json")
         embedded = as_long_as(texts, list(pydocs_documents()))
         mixture.write_text("".join(json.dumps({"text": text}) + "\n" for text in (*texts, *embedded, *samples)))
@@ -84,6 +79,7 @@ def make_text(arguments: argparse.Namespace, folder: Path) -> Path:
 
 
 def train(arguments: argparse.Namespace, shards: Path, folder: Path) -> None:
+    """The run in `folder`, from where it is; ends this script where that was stopped."""
     call(
         *("finetune_dolly.py", "--pretrained_checkpoint", arguments.pruned, "--teacher", arguments.model),
         *("--objective", "distill", "--data_dir", str(shards), "--log_dir", str(folder), "--auto_resume"),
@@ -103,21 +99,19 @@ def perplexity(path: Path | str, text: str) -> float:
     from pruning.text import VAL, read_text
 
     payload = load_payload(path)
-    model = build_model(payload, path).eval()
-    return float(
-        measure_perplexity(model, read_text(text, payload_tokenizer(payload, path), VAL), 16, 512)["perplexity"]
-    )
+    read = read_text(text, payload_tokenizer(payload, path), VAL)
+    return float(measure_perplexity(build_model(payload, path).eval(), read, 16, 512)["perplexity"])
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Tokens read and perplexity, over that of the unpruned model, from the start to the last checkpoint."""
     found = folder / "perplexity.json"
     rows: list[dict[str, Any]] = json.loads(found.read_text()) if found.exists() else []
-    steps = {int(path.stem.removeprefix("model_")): path for path in sorted(folder.glob("model_*.pt"))}
+    steps = {int(path.stem.removeprefix("model_")): path for path in folder.glob("model_*.pt")}
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     tokens = {record["step"]: record["tokens"] for record in records if "tokens" in record}
     models = {"dense": (0, arguments.model), "pruned": (0, arguments.pruned)}
-    models |= {f"step {step}": (tokens[step], path) for step, path in steps.items()}
+    models |= {f"step {step}": (tokens[step], path) for step, path in sorted(steps.items())}
     for name, (read, path) in models.items():
         if name not in {row["name"] for row in rows}:
             rows.append({"name": name, "tokens": read, "perplexity": perplexity(path, arguments.text)})
@@ -129,6 +123,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
 
 
 def draw(rows: Sequence[dict[str, Any]], to: Path) -> None:
+    """Perplexity over that of the unpruned model, the first row, against the tokens read."""
     from report.curves import BLUE, drawing_style, new_figure, save_figure
 
     dense, points = rows[0]["perplexity"], rows[1:]

@@ -44,7 +44,8 @@ def for_generation(model: GPT, weights: str = "float32") -> GPT:
         for layer in model.modules():
             if isinstance(layer, QuantizedLinear):
                 layer.reads_codes = True
-    _return_freed_memory()
+    if weights != "float32":
+        _return_freed_memory()
     return model
 
 
