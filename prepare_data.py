@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.settings import MODEL_TEMPLATE, InspectSettings, PrepareSettings
 from training.settings import run_script
+from training.stop import interrupt
 
 if TYPE_CHECKING:
     from data.templates import Template
@@ -27,14 +28,9 @@ def main(settings: PrepareSettings) -> None:
     """Write the set and say what is in it."""
     from data.prepare import output_folder, prepare
 
-    # Without this, SIGTERM would end the process with the half-written folder left behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        tokenizer, template = _of_model(settings)
-        manifest = prepare(settings, tokenizer, template)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        raise SystemExit(130) from None
+    signal.signal(signal.SIGTERM, interrupt)  # else it would end the process with the half-written folder left behind
+    tokenizer, template = _of_model(settings)
+    manifest = prepare(settings, tokenizer, template)
     print(_summary(manifest))
     print(f"written to {output_folder(settings)}")
 

@@ -179,6 +179,7 @@ def _rebuilt(tokenizer: dict[str, Any], renderer: Renderer | None, skip_damaged:
 def _start_worker(encoder: Encoder) -> None:
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = encoder
 

@@ -7,8 +7,8 @@ import json
 import os
 import re
 import reprlib
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -183,14 +183,16 @@ def staged_folder(target: Path) -> Iterator[Path]:
     _refuse_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     _clear_dead_runs(target)
-    staging = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
-    lock = _lock(staging)  # the kernel lets go of it when this process dies, however it dies
-    try:
+    staging = target.with_name(f".tmp-{target.name}-{secrets.token_hex(4)}")
+    lock = None
+    try:  # here already: tempfile.mkdtemp would leave its folder behind when it is interrupted
+        staging.mkdir(mode=0o700)
+        lock = _lock(staging)  # the kernel lets go of it when this process dies, however it dies
         yield staging
         readme = target / "README.md"
         if readme.is_file() and not (staging / "README.md").exists():
             shutil.copyfile(readme, staging / "README.md")
-        staging.chmod(0o755)  # mkdtemp gives 0o700; a set is for others to read too
+        staging.chmod(0o755)  # a set is for others to read too
         _fsync_folder(staging)
         _swap_in(staging, target)
     finally:
@@ -202,9 +204,14 @@ def staged_folder(target: Path) -> Iterator[Path]:
 def _swap_in(staging: Path, target: Path) -> None:
     _refuse_foreign(target)  # again: hours may have passed
     aside = staging.with_name(staging.name + "-old")
-    if target.exists():
-        os.rename(target, aside)
-    os.rename(staging, target)
+    try:
+        if target.exists():
+            os.rename(target, aside)
+        os.rename(staging, target)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            os.rename(aside, target)
+        raise
     _fsync_folder(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
 

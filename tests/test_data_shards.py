@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -261,6 +262,28 @@ def test_the_folder_of_a_run_that_lives_is_left_alone(tmp_path):
         assert (staging / "dataset.json").exists()
         assert open_dataset(target, "train").tokens(0, 2).tolist() == [3, 4]
     assert open_dataset(target, "train").tokens(0, 2).tolist() == [1, 2]
+
+
+def test_an_interrupt_as_soon_as_the_folder_is_there_leaves_none(tmp_path):
+    with mock.patch("fcntl.flock", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "set", [[1, 2]])
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupt_between_the_two_renames_leaves_the_old_set(tmp_path):
+    target = tmp_path / "set"
+    build(target, [[1, 2]])
+    rename = os.rename
+
+    def interrupted(source, to):
+        if Path(to) == target and not str(source).endswith("-old"):
+            raise KeyboardInterrupt
+        rename(source, to)
+
+    with mock.patch("os.rename", interrupted), pytest.raises(KeyboardInterrupt):
+        build(target, [[3, 4]])
+    assert open_dataset(target, "train").tokens(0, 2).tolist() == [1, 2]
+    assert os.listdir(tmp_path) == ["set"]
 
 
 def test_a_set_moved_aside_by_a_killed_run_comes_back(tmp_path):

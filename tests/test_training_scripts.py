@@ -91,6 +91,37 @@ def test_other_errors_keep_their_traceback_and_debug_shows_all(monkeypatch: pyte
         run_script(fail(OSError("disk")), TrainSettings, "", [])
 
 
+INTERRUPTED = {
+    "at any place": "signal.raise_signal(signal.SIGINT)",
+    # What Python makes of an interrupt there, most of all in imports: RuntimeError, and a printed line.
+    "in a class body": "class C: name = Named()",
+    "in a callback, where it is lost": "thing = Named(); _ = weakref.ref(thing, interrupt); del thing; time.sleep(60)",
+}
+
+
+@pytest.mark.parametrize("body", INTERRUPTED.values(), ids=INTERRUPTED)
+def test_an_interrupt_is_one_line_and_exit_code_130(body: str) -> None:
+    program = f"""
+import signal, time, weakref
+from training.run_settings import TrainSettings
+from training.settings import run_script
+
+def interrupt(*_):
+    signal.raise_signal(signal.SIGINT)
+
+class Named:
+    __set_name__ = interrupt
+
+def main(settings):
+    {body}
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
+run_script(main, TrainSettings, "", [])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=50)
+    assert (done.returncode, done.stderr) == (130, "interrupted by SIGINT\n")
+
+
 def test_errors_from_a_settings_class_itself_are_one_line() -> None:
     with pytest.raises(ValueError, match=r"^--source text reads your own files"):
         parse(PrepareSettings, ["--source", "text"])

@@ -25,6 +25,7 @@ from formats.errors import printable
 from formats.kinds import fits
 from training.aliases import ALIASES, CHOICES, IMPLIED, SECTIONS
 from training.peers import PeersLost
+from training.stop import interruptible
 
 S = TypeVar("S")
 
@@ -358,7 +359,7 @@ def run_script(
     positionals: Sequence[str] = (),
 ) -> None:
     """Parse, run, and turn a user's mistake into one line and exit code 2 (ESPALIER_DEBUG=1 shows the traceback), the
-    loss of another process into one line and exit code 1.
+    loss of another process into one line and exit code 1, Ctrl-C into one line and exit code 130.
 
     `positionals`: the settings that leading words without a flag set, in this order.
     """
@@ -367,7 +368,8 @@ def run_script(
             stream.reconfigure(errors="backslashreplace")
     try:
         words = _name_positionals(sys.argv[1:] if argv is None else argv, positionals)
-        main(parse(cls, words, description=description))
+        with interruptible():
+            main(parse(cls, words, description=description))
     except PeersLost as error:
         if os.environ.get("ESPALIER_DEBUG"):
             raise

@@ -1,17 +1,79 @@
-"""SIGTERM and SIGINT: remember the wish; the loop acts on it at the next micro-batch. SIGUSR1: save after this step and
-go on. No handler saves anything.
+"""What signals do. In a training loop SIGTERM and SIGINT are remembered and acted on at the next micro-batch, SIGUSR1
+saves after this step and goes on; no handler saves anything. Elsewhere SIGINT ends a script in one line.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType, TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 # Slurm and torchrun both forward a signal: the same one again within this many seconds counts once.
 FORWARDED_S = 3.0
+
+_LOST_S = 0.01  # until an interrupt that was lost is raised again
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal other than SIGINT that ends a script as SIGINT does."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Handler for signals: as if Ctrl-C had been pressed."""
+    raise Interrupted(number)
+
+
+def interrupted_by(error: BaseException | None) -> int | None:
+    """The signal that `error` comes from, None where it comes from none.
+
+    Python turns a KeyboardInterrupt in a class body, as in the imports that most of a start consists of, into a
+    RuntimeError with the former as its cause.
+    """
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__
+    return getattr(error, "number", signal.SIGINT) if error is not None else None
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Within, Ctrl-C ends the script with one line and exit code 130, and without a traceback (ESPALIER_DEBUG=1: with).
+
+    In a destructor or a weak reference's callback, of which imports have many, Python prints a KeyboardInterrupt and
+    goes on; here it is raised again a moment later. For the main thread.
+    """
+    before = sys.unraisablehook
+
+    def hook(lost: UnraisableHookArgs, /) -> None:
+        number = interrupted_by(lost.exc_value)
+        if number is None or not hasattr(signal, "setitimer"):  # not on Windows
+            before(lost)
+            return
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
+        signal.setitimer(signal.ITIMER_REAL, _LOST_S)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    except BaseException as error:
+        number = interrupted_by(error)
+        if number is None or os.environ.get("ESPALIER_DEBUG"):
+            raise
+        print(f"interrupted by {signal.Signals(number).name}", file=sys.stderr)
+        raise SystemExit(128 + number) from None
+    finally:
+        sys.unraisablehook = before
 
 
 class StopRequest:
