@@ -100,6 +100,10 @@ _STORES: dict[str, tuple[Callable[[Tensor], tuple[Tensor, ...]], Dequantize]] = 
     "int8": (quantize_int8, dequantize_int8),
 }
 
+# torch's int8 kernel takes this many inputs at a time and reads past the end of its buffers where they are no multiple
+# of it, as after structured pruning: wrong numbers, or a segmentation fault (1,153 inputs, torch 2.13).
+_KERNEL_INPUTS = 16
+
 
 @functools.cache
 def _cpu_multiplies_bf16() -> bool:
@@ -126,6 +130,7 @@ class QuantizedLinear(nn.Module):
         # int8 in a model that only generates: quicker than reading the weight back, but with x in bf16.
         self.reads_codes = False
         self._codes_and_scales: tuple[Tensor, Tensor] | None = None  # of int8, as the kernel takes them
+        self._pads = base.in_features % _KERNEL_INPUTS != 0
         self._names = [f"stored_{i}" for i in range(len(stored))]
         for name, tensor in zip(self._names, stored):
             self.register_buffer(name, tensor, persistent=False)
@@ -157,8 +162,12 @@ class QuantizedLinear(nn.Module):
         """
         if self._codes_and_scales is None:
             codes, scales = self.stored()
+            codes = F.pad(codes, (0, -self.in_features % _KERNEL_INPUTS))
+            self.stored_0 = codes[:, : self.in_features]  # the same memory, not a second copy
             self._codes_and_scales = codes, scales.flatten().bfloat16()
-        y = torch._weight_int8pack_mm(x.bfloat16(), *self._codes_and_scales)
+        codes, scales = self._codes_and_scales
+        x = F.pad(x.bfloat16(), (0, codes.size(1) - self.in_features)) if self._pads else x.bfloat16()
+        y = torch._weight_int8pack_mm(x, codes, scales)
         bias = self._parameters["bias"]  # by its own name it costs a search, 120 times a step
         return y if bias is None else y + bias
 

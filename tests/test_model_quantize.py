@@ -88,6 +88,23 @@ def test_bytes_are_really_fewer(kind, bytes_per_weight):
     assert not list(layer.parameters()) and not layer.state_dict()
 
 
+@pytest.mark.parametrize("inputs", [60, 433, 1153, 1160])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_codes_multiply_few_rows_of_any_number_of_inputs(inputs, rows):
+    torch.manual_seed(0)
+    layer = QuantizedLinear(torch.nn.Linear(inputs, 432), "int8")
+    layer.reads_codes = True
+    held = sum(each.nbytes for each in layer.stored())
+    x = torch.randn(rows, inputs)
+    with torch.no_grad():
+        few, again, many = layer.few_rows(x), layer.few_rows(x), layer._many_rows(x)
+        exact = x @ layer.dense_weight().T + layer.bias
+    assert torch.equal(few, again)
+    for found in (few, many):
+        torch.testing.assert_close(found.float(), exact, atol=0.01 * float(exact.abs().max()), rtol=0)
+    assert sum(each.nbytes for each in layer.stored()) == held
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_is_the_linear_layer_of_its_read_weight(kind, bias):
