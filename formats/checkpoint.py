@@ -50,8 +50,9 @@ _ENTRIES: dict[str, type | tuple[type, ...]] = {
     "val_loss": (int, float),
     "rng": list,
     **dict.fromkeys(("config", "settings", "versions", "tokenizer", "template", "adapter", "base", "reference"), dict),
-    **dict.fromkeys(("optimizer", "scaler", "train_loader_state", "progress"), dict),
+    **dict.fromkeys(("optimizer", "scaler", "train_loader_state", "progress", "pruning", "recovery"), dict),
 }
+_DICTS_WITHIN = {"pruning": ("made", "base", "perplexity"), "recovery": ("made",)}
 
 # What a weights-only file lacks.
 TRAINING_KEYS = ("optimizer", "scaler", "train_loader_state", "rng", "progress")
@@ -244,6 +245,10 @@ def _check_entries(payload: dict[str, Any], path: Path) -> None:
             raise ValueError(f"{path}: its {name} has a key that is no text")
         if isinstance(value, list) and not all(isinstance(each, dict) for each in value):
             raise ValueError(f"{path}: its {name} holds something else than the states of processes")
+    for name, within in _DICTS_WITHIN.items():
+        for inner in within:
+            if not isinstance((payload.get(name) or {}).get(inner, {}), dict):
+                raise ValueError(f"{path}: its {name} has a {inner} that is no dict")
 
 
 def payload_masks(payload: Mapping[str, Any], path: str | Path) -> Masks:

@@ -47,6 +47,23 @@ def test_round_trip_is_exact_and_leaves_nothing_else(tmp_path: Path) -> None:
     assert is_full(loaded) and has_digest(file)
 
 
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ({"rng": 3}, "its rng is a int"),
+        ({"rng": [3]}, "its rng holds something else"),
+        ({"settings": {1: 2}}, "its settings has a key that is no text"),
+        ({"pruning": [1]}, "its pruning is a list"),
+        ({"pruning": {"base": "x"}}, "its pruning has a base that is no dict"),
+        ({"recovery": {"made": "q"}}, "its recovery has a made that is no dict"),
+    ],
+)
+def test_what_stands_beside_the_weights_is_of_its_kind(entries: dict[str, Any], says: str, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.pt", {**full_payload(), **entries})
+    with pytest.raises(ValueError, match=rf"a\.pt: {says}"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
 def test_other_tools_open_it(tmp_path: Path) -> None:
     file = tmp_path / "model.pt"
     save_checkpoint(file, full_payload())

@@ -165,3 +165,15 @@ def test_every_weight_kept_and_none_kept(tmp_path):
         compact(tmp_path / "a.pt", tmp_path / "b.pt", overwrite=True)
         back = load_checkpoint(tmp_path / "b.pt")["model"]
         assert all(torch.equal(back[name], weight) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [60_000, 2**31 - 1])
+def test_a_small_file_cannot_claim_the_memory(tmp_path, size):
+    save_pruned(tmp_path / "a.pt")
+    payload = {key: value for key, value in load_checkpoint(tmp_path / "a.pt").items() if key != "masks"}
+    name = "h.0.attn.q_proj.weight"
+    payload["model"] = {**payload["model"], name: torch.zeros(0)}
+    mask = {"shape": [size, size], "block": [size, size], "bits": torch.zeros(1, dtype=torch.uint8)}  # one block, gone
+    save_checkpoint(tmp_path / "b.pt", {**payload, "masks": {name: mask}, "compact": {"dtype": "f32"}})
+    with pytest.raises(ValueError, match=rf"b\.pt: its masks make {size * size:,} numbers of the"):
+        load_checkpoint(tmp_path / "b.pt")
