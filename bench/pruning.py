@@ -32,6 +32,7 @@ _UNITS = "--method structured --pruning_ratio 0.25 --prune_mlp"
 ROWS: dict[str, str] = {
     "magnitude 50%": "--method magnitude",
     "Wanda 50%": "--method wanda",
+    "Wanda 50%, shares by outliers": "--method wanda --allocation owl",
     "RIA 50%": "--method ria",
     "SparseGPT 50%": "--method sparsegpt",
     "Wanda 2:4": "--method wanda --pattern 2:4",
