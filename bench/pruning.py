@@ -35,6 +35,7 @@ ROWS: dict[str, str] = {
     "Wanda 50%, shares by outliers": "--method wanda --allocation owl",
     "RIA 50%": "--method ria",
     "SparseGPT 50%": "--method sparsegpt",
+    "SparseGPT 50%, shares by importance": "--method sparsegpt --allocation unbalanced",
     "Wanda 2:4": "--method wanda --pattern 2:4",
     "SparseGPT 2:4": "--method sparsegpt --pattern 2:4",
     "blocks 50%, sum of Wanda, uniform": "--method wanda --pattern block --allocation uniform",
