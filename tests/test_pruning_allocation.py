@@ -92,9 +92,28 @@ def test_lowest_blocks_go_up_to_the_share_and_the_cap(seed, sparsity):
             assert price[~kept].max() <= price[kept].min()
 
 
+def test_blocks_that_are_zero_in_part_count_for_what_is_left_of_them():
+    """Of the 64 weights of four blocks 42 are gone before any goes, so that a cap of 2/3 leaves room for none."""
+    prices, sizes, left = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.full((1, 4), 16), torch.tensor([[0, 4, 2, 16]])
+    assert lowest_blocks([prices], [sizes], 48 / 64, 1.0, [left])[0].tolist() == [[False, False, False, True]]
+    assert lowest_blocks([prices], [sizes], 46 / 64, 1.0, [left])[0].tolist() == [[False, False, True, True]]
+    assert lowest_blocks([prices], [sizes], 40 / 64, 1.0, [left])[0].tolist() == [[False, True, True, True]]
+    whole = [torch.rand(4, 4), torch.full((4, 4), 16)]
+    bits = lowest_blocks([prices, whole[0]], [sizes, whole[1]], 0.5, 2 / 3, [left, whole[1]])
+    assert bits[0].all() and int((~bits[1]).sum()) == 7
+
+
+@pytest.mark.parametrize("size", [256, 10])
+def test_a_small_matrix_beside_a_large_one_is_no_reason_to_miss_room(size):
+    """What a whole block leaves over is not the cap's doing, however small other matrices' blocks are."""
+    prices = [torch.tensor([[5.0]]), torch.arange(4.0).view(2, 2)]
+    bits = lowest_blocks(prices, [torch.tensor([[size]]), torch.full((2, 2), 256)], 0.4, cap=0.9)
+    assert bits[0].all() and int((~bits[1]).sum()) in (1, 2)
+
+
 def test_a_share_outside_its_bounds_is_refused():
     for bad in (0.0, 1.0, -0.5, 1.5):
         with pytest.raises(ValueError, match="give a share above 0 and below 1"):
             uniform([10], bad)
-    with pytest.raises(ValueError, match="raise the cap"):
+    with pytest.raises(ValueError, match=r"0\.95 .* whole blocks allow 0\.875: give a smaller --sparsity"):
         lowest_blocks([torch.rand(4, 4)], [torch.full((4, 4), 256)], 0.95, cap=0.9)

@@ -128,6 +128,44 @@ def test_a_sparse_model_is_pruned_further_and_never_refilled(settings, before):
     assert zeros(model, again) == pytest.approx(max(settings.sparsity, 0.5), abs=0.16)
 
 
+@pytest.mark.parametrize("allocation", ["uniform", "unbalanced"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_blocks_over_zeros_of_single_weights_reach_the_share_that_is_asked_for(method, allocation):
+    """What a block has lost already is not lost again, and counts."""
+    model, windows, _, _ = calibrated(LLAMA)
+    masks, _ = prune_sparse(model, None, None, SparseSettings(method="magnitude", sparsity=0.5))
+    statistics, found = dict(collect(model, windows, frozen=True)).__getitem__, gradients(model, windows)
+    settings = SparseSettings(method=method, pattern="block", block_size=4, sparsity=0.6, allocation=allocation)
+    again, _ = prune_sparse(model, statistics, found, settings, masks)
+    check_masks(model, again)
+    total = sum(mask.shape[0] * mask.shape[1] for mask in again.values())
+    slack = 16 * (1 if (method, allocation) == ("sparsegpt", "unbalanced") else len(again))
+    assert 0.6 * total - slack <= zeros(model, again) * total <= 0.6 * total + 0.5
+
+
+@pytest.mark.parametrize("block_size", [4, 8])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria"])
+def test_blocks_spare_a_matrix_whose_share_is_nothing_and_empty_one_whose_share_is_all(method, block_size):
+    model, _, statistics, _ = calibrated(LLAMA)
+    wide = SparseSettings(method=method, pattern="block", block_size=block_size, allocation="owl", sparsity=0.08)
+    masks, _ = prune_sparse(copy.deepcopy(model), statistics, None, wide)
+    assert any(mask.bits.all() for mask in masks.values()) and not all(mask.bits.all() for mask in masks.values())
+    masks, _ = prune_sparse(model, statistics, None, dataclasses.replace(wide, sparsity=0.95))
+    assert any(not mask.bits.any() for mask in masks.values())
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "unbalanced"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize(("size", "sparsity"), [(1000, 0.5), (4, 1e-4)])
+def test_blocks_of_which_none_can_go_are_refused(method, allocation, size, sparsity):
+    model, _, statistics, found = calibrated(LLAMA)
+    settings = SparseSettings(method=method, pattern="block", block_size=size, sparsity=sparsity, allocation=allocation)
+    weights = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=f"--block_size {size}: not one block .* give a smaller one"):
+        prune_sparse(model, statistics, found, settings)
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
 def test_layers_out_of_range_stay_and_keep_their_masks():
     model, _, statistics, _ = calibrated(LLAMA)
     masks, _ = prune_sparse(model, None, None, SparseSettings(method="magnitude", sparsity=0.2, layer_end=1))

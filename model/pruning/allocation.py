@@ -74,7 +74,9 @@ class Ranking:
         lost = torch.stack(self.counts).cumsum(dim=1).clamp_max(limits.unsqueeze(1))  # (matrices, BUCKETS)
         together = lost.sum(dim=0)
         if int(together[-1]) < total:
-            raise ValueError(f"a sparsity of {sparsity} is above the cap of {self.cap} for each matrix: raise the cap")
+            raise ValueError(
+                f"a sparsity of {sparsity} is above the cap of {self.cap} for each matrix: give a smaller --sparsity"
+            )
         last = int(torch.searchsorted(together, total))  # the first bucket with which there are enough
         before = lost[:, last - 1] if last else torch.zeros_like(limits)
         step = (lost[:, last] - before).double()
@@ -82,32 +84,42 @@ class Ranking:
         return _whole((before + part * step).tolist(), total)
 
 
-def lowest_blocks(prices: Sequence[Tensor], sizes: Sequence[Tensor], sparsity: float, cap: float) -> list[Tensor]:
+def lowest_blocks(
+    prices: Sequence[Tensor], sizes: Sequence[Tensor], sparsity: float, cap: float, left: Sequence[Tensor] | None = None
+) -> list[Tensor]:
     """The blocks kept, bool like each of `prices`, when those with the lowest price go under one global threshold.
 
-    prices: a score per weight for each block, (block rows, block columns) a matrix; sizes: the weights in each block.
+    prices: a score per weight for each block, (block rows, block columns) a matrix; sizes: the weights in each block;
+    left: those of them that are not zero yet, by default all. What is zero already counts as removed.
     No matrix loses more than `cap` of its weights. Blocks go until the next would exceed the share of all weights.
     Raises ValueError where the cap leaves no room.
     """
-    total = _total([int(size.sum()) for size in sizes], sparsity)
-    open_prices = [_capped(price, size, cap) for price, size in zip(prices, sizes)]
+    left = sizes if left is None else left
+    whole = sum(int(size.sum()) for size in sizes)
+    room = max(0, _total([whole], sparsity) - whole + sum(int(own.sum()) for own in left))
+    open_prices = [_capped(*matrix, cap) for matrix in zip(prices, sizes, left)]
     price = torch.cat([p.flatten() for p in open_prices])
-    size = torch.cat([s.flatten() for s in sizes]).to(price.device)
+    own = torch.cat([matrix.flatten() for matrix in left]).to(price.device)
     order = price.sort(stable=True).indices
-    gone = size[order].cumsum(dim=0) <= total
-    gone &= price[order].isfinite()
-    smallest = min(int(s.max()) for s in sizes)
-    if int(size[order][gone].sum()) + smallest < total:
-        raise ValueError(f"a sparsity of {sparsity} is above the cap of {cap} for each matrix: raise the cap")
+    may = price[order].isfinite()
+    gone = (own[order].cumsum(dim=0) <= room) & may
+    missing = room - int(own[order][gone].sum())
+    shut = own[order][~may]
+    if torch.equal(gone, may) and bool(((shut > 0) & (shut <= missing)).any()):
+        raise ValueError(
+            f"a sparsity of {sparsity} cannot be reached: a cap of {cap} for each matrix and whole blocks allow "
+            f"{sparsity - missing / whole:.3f}: give a smaller --sparsity or --block_size"
+        )
     keep = torch.ones(len(price), dtype=torch.bool, device=price.device)
     keep[order[gone]] = False
     return [part.view_as(p) for part, p in zip(keep.split([p.numel() for p in prices]), prices)]
 
 
-def _capped(price: Tensor, size: Tensor, cap: float) -> Tensor:
+def _capped(price: Tensor, size: Tensor, left: Tensor, cap: float) -> Tensor:
     """Prices with infinity for the blocks that must stay because a matrix has lost `cap` of its weights before them."""
     order = price.flatten().sort(stable=True).indices
-    over = size.flatten().to(price.device)[order].cumsum(dim=0) > cap * float(size.sum())
+    limit = cap * float(size.sum()) - float((size - left).sum())
+    over = left.flatten().to(price.device)[order].cumsum(dim=0) > limit
     return price.flatten().index_fill(0, order[over], float("inf")).view_as(price)
 
 

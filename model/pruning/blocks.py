@@ -26,7 +26,7 @@ from model.masks import Masks
 from model.pruning.allocation import lowest_blocks
 from model.pruning.matrices import layer_matrices
 from model.pruning.orders import find_orders
-from model.pruning.patterns import block_mask, block_sizes
+from model.pruning.patterns import block_mask, block_sizes, kept_in_blocks
 from model.pruning.permute import permute_, permute_gradients, permute_statistics
 from model.pruning.refit import cholesky, damped, refit_row_blocks
 from model.pruning.scores import fisher_squares
@@ -93,7 +93,8 @@ def _remove_(
     model: GPT, statistics: Statistics, output: dict[str, Tensor], settings: BlockSettings, old: dict[str, Tensor]
 ) -> Masks:
     """Chooses the blocks that go and re-fits the others, in place."""
-    prices, sizes = {}, {}
+    prices, sizes, left = {}, {}, {}
+    block = (settings.size, settings.size)
     for layer in settings.layers:
         inverses: dict[str, Tensor] = {}
         own = statistics(layer)
@@ -102,28 +103,31 @@ def _remove_(
             if site not in inverses:
                 second = damped(own.of(linear).second, settings.damping)
                 inverses[site] = torch.cholesky_inverse(cholesky(second))
-            sizes[name] = block_sizes(_shape(module), (settings.size, settings.size))
+            sizes[name] = block_sizes(_shape(module), block)
+            left[name] = kept_in_blocks(_shape(module), block, old.get(f"{name}.weight"))
             costs = removal_costs(module.weight, inverses[site], output[name], settings.size)
-            prices[name] = costs / sizes[name].to(costs.device)
-    bits = _choose(prices, sizes, settings)
+            prices[name] = costs / left[name].clamp_min(1).to(costs.device)
+    bits = _choose(prices, sizes, left, settings)
     masks: Masks = {}
     for layer in settings.layers:
         own = statistics(layer)
         for linear, module in layer_matrices(model, layer):
             name = f"h.{layer}.{linear}"
-            block = (settings.size, settings.size)
             mask = block_mask(bits[name], _shape(module), block, old.get(f"{name}.weight"))
             module.weight.copy_(refit_row_blocks(module.weight, own.of(linear).second, mask, settings.damping))
             masks[f"{name}.weight"] = mask
     return masks
 
 
-def _choose(prices: dict[str, Tensor], sizes: dict[str, Tensor], settings: BlockSettings) -> dict[str, Tensor]:
+def _choose(
+    prices: dict[str, Tensor], sizes: dict[str, Tensor], left: dict[str, Tensor], settings: BlockSettings
+) -> dict[str, Tensor]:
     """The blocks kept, bool by matrix, when those with the lowest price go: of all matrices, or the same of each."""
     if settings.together:
-        kept = lowest_blocks(list(prices.values()), list(sizes.values()), settings.sparsity, settings.cap)
+        every, own = list(prices.values()), list(left.values())
+        kept = lowest_blocks(every, list(sizes.values()), settings.sparsity, settings.cap, own)
     else:
-        kept = [lowest_blocks([prices[n]], [sizes[n]], settings.sparsity, cap=1.0)[0] for n in prices]
+        kept = [lowest_blocks([prices[n]], [sizes[n]], settings.sparsity, 1.0, [left[n]])[0] for n in prices]
     return dict(zip(prices, kept))
 
 

@@ -70,6 +70,11 @@ def block_sizes(shape: tuple[int, int], block: tuple[int, int]) -> Tensor:
     return block_sums(torch.ones(shape), *block).long()
 
 
+def kept_in_blocks(shape: tuple[int, int], block: tuple[int, int], kept: Tensor | None) -> Tensor:
+    """How many weights of each block are there, int64: those of `kept`, bool (out, in), by default all."""
+    return block_sizes(shape, block) if kept is None else block_sums(kept.float(), *block).long().cpu()
+
+
 def block_mask(bits: Tensor, shape: tuple[int, int], block: tuple[int, int], kept: Tensor | None = None) -> Mask:
     """The mask that keeps the blocks of `bits`. With `kept`, what was zero before stays so, in part or in whole.
 

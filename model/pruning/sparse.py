@@ -18,7 +18,16 @@ from model.masks import UNSTRUCTURED, Mask, Masks, SparsityRow, sparsity_report
 from model.pruning.allocation import Ranking, evenly, lowest_blocks, outlier_share, owl, uniform
 from model.pruning.blocks import BlockSettings, prune_blocks
 from model.pruning.matrices import layer_matrices, matrices
-from model.pruning.patterns import BLOCK, block_mask, block_sizes, parse_pattern, prune_matrix, prune_n_of_m, prune_rows
+from model.pruning.patterns import (
+    BLOCK,
+    block_mask,
+    block_sizes,
+    kept_in_blocks,
+    parse_pattern,
+    prune_matrix,
+    prune_n_of_m,
+    prune_rows,
+)
 from model.pruning.refit import refit_scattered
 from model.pruning.scores import block_sums, fisher_squares, magnitude, ria, wanda
 from model.pruning.sparsegpt import sparsegpt
@@ -121,7 +130,28 @@ def _second_order_blocks(
         together=settings.allocation == "unbalanced",
         reorder=settings.reorder,
     )
+    sizes = {name: module.weight.numel() for name, module in matrices(model, block.layers).items()}
+    limit = {name: round(block.sparsity * size) for name, size in sizes.items()}
+    if block.together:
+        total = sum(limit.values())
+        limit = {name: min(int(block.cap * size), total) for name, size in sizes.items()}
+    _check_blocks(model, limit, settings, old)
     return prune_blocks(model, source, _squared_gradients(model, found), block, old)
+
+
+def _check_blocks(model: GPT, removed: dict[str, int], settings: SparseSettings, old: dict[str, Tensor]) -> None:
+    """ValueError where no matrix has a block that is as small as what the matrix may lose."""
+    block = (settings.block_size, settings.block_size)
+    for name, module in matrices(model, settings.layers(model.config.n_layer)).items():
+        shape = (module.out_features, module.in_features)
+        left = kept_in_blocks(shape, block, old.get(f"{name}.weight"))
+        room = removed[name] - (module.weight.numel() - int(left.sum()))
+        if bool(((left > 0) & (left <= room)).any()):
+            return
+    raise ValueError(
+        f"--block_size {settings.block_size}: not one block fits into a sparsity of {settings.sparsity:g}: give a "
+        "smaller one, or a larger --sparsity"
+    )
 
 
 def _one_by_one(
@@ -134,6 +164,8 @@ def _one_by_one(
     """Prunes layer by layer, each matrix by its own scores."""
     layers = settings.layers(model.config.n_layer)
     removed = _removed(model, source, found, settings, old)
+    if settings.pattern == BLOCK:
+        _check_blocks(model, removed, settings, old)
     masks = {}
     for layer, statistics in _statistics(model, source, settings):
         if layer not in layers:
@@ -176,9 +208,12 @@ def _prune(
 def _lowest_of_one(scores: Tensor, removed: int, block: tuple[int, int], kept: Tensor | None) -> Mask:
     """The blocks of a matrix with the lowest sums of scores go, up to `removed` weights; 001's way."""
     shape = (scores.size(0), scores.size(1))
-    sizes = block_sizes(shape, block)
-    price = block_sums(scores if kept is None else scores * kept, *block) / sizes.to(scores.device)
-    (bits,) = lowest_blocks([price], [sizes], removed / scores.numel(), cap=1.0)
+    sizes, left = block_sizes(shape, block), kept_in_blocks(shape, block, kept)
+    if removed in (0, scores.numel()):  # of a matrix that an allocation spares, or takes as a whole
+        bits = torch.full_like(sizes, removed == 0, dtype=torch.bool, device=scores.device)
+        return block_mask(bits, shape, block, kept)
+    price = block_sums(scores if kept is None else scores * kept, *block) / left.clamp_min(1).to(scores.device)
+    (bits,) = lowest_blocks([price], [sizes], removed / scores.numel(), 1.0, [left])
     return block_mask(bits, shape, block, kept)
 
 
