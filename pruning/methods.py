@@ -13,7 +13,7 @@ from model.pruning.latency import unit_seconds
 from model.pruning.layers import layers_worth
 from model.pruning.matrices import matrices
 from model.pruning.sparse import SparseSettings, prune_sparse
-from model.pruning.structured import StructuredSettings, prune_structured
+from model.pruning.structured import StructuredSettings, layers_in_range, prune_structured
 from model.pruning.units import UnitCosts, drop_layers, unit_flops, unit_parameters
 from pruning.cache import StatisticsCache
 from pruning.settings import (
@@ -177,6 +177,7 @@ def check_model(model: GPT, settings: PruneSettings, name: str) -> None:
         structured_settings(settings)
     elif settings.method in SPARSE:
         sparse_settings(settings)
+    _check_left(model, settings, name)
     if not model.masks:
         return
     if settings.method not in SPARSE:
@@ -193,3 +194,20 @@ def check_model(model: GPT, settings: PruneSettings, name: str) -> None:
             f"{name}: {share:.1%} of the weights of the chosen layers are zero already: --sparsity "
             f"{settings.sparsity:g} asks for no more; give a larger one"
         )
+
+
+def _check_left(model: GPT, settings: PruneSettings, name: str) -> None:
+    """ValueError where pruning of before has left nothing in the chosen layers that the method could take."""
+    start, end = check_layers(settings, model.config.n_layer)
+    units = settings.method == "structured"
+    chosen = layers_in_range(model.config, structured_settings(settings)) if units else range(start, end)
+    sizes = [model.config.layer(i) for i in chosen]
+    groups, channels = (any(getattr(size, kind) for size in sizes) for kind in ("n_kv_head", "mlp_dim"))
+    if groups or (channels and (settings.prune_mlp or not units)):
+        return
+    part = "matrices" if not units else "units" if settings.prune_mlp else "kv groups"
+    instead = "add --prune_mlp, or " * (channels and units)
+    raise ValueError(
+        f"{name}: layers {start} to {end} (exclusive) have no {part} left that --method {settings.method} may take: "
+        f"{instead}choose other layers with --layer_start and --layer_end, or another model"
+    )

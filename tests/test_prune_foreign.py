@@ -16,6 +16,7 @@ from formats.open_model import load_payload, open_model
 from model.pruning.matrices import matrices
 from tests.gguf_files import alter
 from tests.pruning_runs import LLAMA, prune_command, save_model, weights_of, write_texts
+from tests.scripts import one_line_error
 
 TAKEN = "which no masks explain: taken as pruned"
 
@@ -87,3 +88,33 @@ def test_so_are_those_of_one_that_was_quantised_after_that(share: float, kind: s
     base = quantised(pruned_elsewhere("foreign.pt", share, "unstructured"), kind)
     code, out, err = prune_command(capsys, "--method", "magnitude", "--sparsity", 0.7, "--out", "a.pt", base=base)
     assert code == 0 and TAKEN in out, err
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("--method", "magnitude"), "matrices"),
+        (("--method", "magnitude", "--allocation", "unbalanced"), "matrices"),
+        (("--method", "wanda", "--allocation", "owl"), "matrices"),
+        (("--method", "sparsegpt", "--pattern", "block"), "matrices"),
+        (("--method", "structured", "--prune_mlp"), "units"),
+        (("--method", "structured"), "kv groups"),
+        (("--method", "drop_layers"), "matrices"),
+    ],
+)
+def test_layers_that_have_nothing_left_are_told(here: Path, words: tuple[str, ...], part: str, capsys: Any) -> None:
+    gone = {"n_head": (4, 0, 4), "n_kv_head": (2, 0, 2), "mlp_dim": (48, 0, 48)}
+    save_model(here / "model.pt", dataclasses.replace(LLAMA, **gone))
+    only = (*words, "--layer_start", 1, "--layer_end", 2, "--out", "a.pt")
+    error = one_line_error(prune_command(capsys, *only))
+    assert error.startswith(f"error: model.pt: layers 1 to 2 (exclusive) have no {part} left")
+    assert "--layer_end" in error and not (here / "logs/statistics").exists(), "told before anything is measured"
+    code, _, err = prune_command(capsys, *words, "--out", "a.pt")
+    assert code == 0, err
+
+
+def test_attention_that_is_gone_leaves_the_mlp_to_be_pruned(here: Path, capsys: Any) -> None:
+    save_model(here / "model.pt", dataclasses.replace(LLAMA, n_head=(0,) * 3, n_kv_head=(0,) * 3))
+    error = one_line_error(prune_command(capsys, "--out", "a.pt"))
+    assert "have no kv groups left that --method structured may take: add --prune_mlp" in error
+    assert prune_command(capsys, "--out", "a.pt", "--prune_mlp")[0] == 0
