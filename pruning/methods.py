@@ -50,8 +50,8 @@ def prune_model(model: GPT, settings: PruneSettings, cache: StatisticsCache | No
         return _structured(model, settings, cache)
     if settings.method == "drop_layers":
         assert cache is not None
-        budget = settings.pruning_ratio * units_in_range(model, settings, with_mlp=True)
-        return drop_cheapest(model, cache, budget, range(*check_layers(settings, model.config.n_layer)))
+        layers = range(*check_layers(settings, model.config.n_layer))
+        return _drop_cheapest(model, cache, settings.pruning_ratio * _units_in(model, layers), layers)
     return _sparse(model, settings, cache)
 
 
@@ -94,25 +94,31 @@ def _costs(model: GPT, settings: PruneSettings) -> UnitCosts:
     return unit_parameters(model.config) if settings.budget == "parameters" else unit_flops(model.config, context)
 
 
-def drop_cheapest(model: GPT, cache: StatisticsCache, parameters: float, layers: Sequence[int]) -> Outcome:
+def cheap_rival(model: GPT, pruned: GPT, settings: PruneSettings, cache: StatisticsCache) -> Outcome:
+    """`model` without whole layers, of those that might lose units, for as many parameters as `pruned` has lost.
+
+    ValueError where that is less than half a layer.
+    """
+    layers = layers_in_range(model.config, structured_settings(settings))
+    return _drop_cheapest(model, cache, model.num_params() - pruned.num_params(), layers)
+
+
+def _drop_cheapest(model: GPT, cache: StatisticsCache, parameters: float, layers: Sequence[int]) -> Outcome:
     """Without the layers of least influence that hold about so many parameters; shares the others with `model`."""
     influences = [cache.layer(i).influence for i in range(model.config.n_layer)]
     gone = layers_worth(model.config, influences, parameters, layers)
-    smaller = drop_layers(model, gone)
+    smaller = drop_layers(model, gone, share=True)
     removed = model.num_params() - smaller.num_params()
     names = ", ".join(map(str, gone))
     note = f"{removed:,} parameters removed with {len(gone)} whole layers ({names}); asked for {parameters:,.0f}"
     return Outcome(smaller, [i for i in range(model.config.n_layer) if i not in gone], [note])
 
 
-def units_in_range(model: GPT, settings: PruneSettings, with_mlp: bool) -> float:
-    """The parameters of the kv groups, and of the MLP channels, of the chosen layers."""
+def _units_in(model: GPT, layers: Sequence[int]) -> float:
+    """The parameters of the kv groups and the MLP channels of these layers."""
     each = unit_parameters(model.config)
-    total = 0.0
-    for i in range(*check_layers(settings, model.config.n_layer)):
-        sizes = model.config.layer(i)
-        total += sizes.n_kv_head * each.group + (sizes.mlp_dim * each.channel if with_mlp else 0)
-    return total
+    sizes = map(model.config.layer, layers)
+    return sum(own.n_kv_head * each.group + own.mlp_dim * each.channel for own in sizes)
 
 
 def sparse_settings(settings: PruneSettings) -> SparseSettings:

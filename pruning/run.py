@@ -19,14 +19,13 @@ from pruning.files import model_payload
 from pruning.measure import kept_by_layer, layer_numbers, measure_perplexity, show, sizes
 from pruning.methods import (
     Outcome,
+    cheap_rival,
     check_model,
-    drop_cheapest,
     needs_text,
     prune_model,
-    units_in_range,
     zeros_as_masks,
 )
-from pruning.settings import SPARSE, PruneSettings, allocation, check, check_layers, with_changes
+from pruning.settings import SPARSE, PruneSettings, allocation, check, with_changes
 from pruning.text import TRAIN, VAL, Text, read_text
 from training.distributed import choose_device
 from training.metrics import Console
@@ -251,12 +250,12 @@ class _Run:
         before = self._measured(model)
         self._say_perplexity("before pruning", before)
         cache = self._statistics(model)
-        rival = self._rival(model, cache)
         outcome = prune_model(model, settings, cache)
         for note in outcome.notes:
             self.say(note)
         after = self._measured(outcome.model)
         self._say_perplexity("after pruning", after)
+        rival = self._rival(model, outcome.model, cache)
         if rival is not None:
             self.say(f"The cheap rival, {rival['note']}: PPL {show(rival['perplexity'])}")
         measured = {"protocol": self._protocol, "measured": self._measuring()}
@@ -294,14 +293,13 @@ class _Run:
         # Units are judged and fitted by errors in the stream, which the next norm divides by the stream's size.
         return StatisticsCache(model, windows, folder, self.say, weigh=settings.method == "structured")
 
-    def _rival(self, model: GPT, cache: StatisticsCache | None) -> dict[str, Any] | None:
+    def _rival(self, model: GPT, pruned: GPT, cache: StatisticsCache | None) -> dict[str, Any] | None:
         """Whole layers dropped in place of the units, for as many parameters: what a finer method has to beat."""
         settings = self.settings
         if settings.method != "structured" or cache is None:
             return None
-        budget = settings.pruning_ratio * units_in_range(model, settings, with_mlp=settings.prune_mlp)
         try:
-            rival = drop_cheapest(model, cache, budget, range(*check_layers(settings, model.config.n_layer)))
+            rival = cheap_rival(model, pruned, settings, cache)
         except ValueError as error:  # less than a layer is to go
             self.say(f"No cheap rival: {error}")
             return None

@@ -51,3 +51,11 @@ def test_only_layers_in_range_go():
 def test_less_than_half_a_layer_is_refused():
     with pytest.raises(ValueError, match=r"holds 7,744 parameters, more than twice the 3,485"):
         layers_worth(SIX, INFLUENCES, 0.45 * layer_parameters(SIX, 0))
+
+
+def test_what_stays_is_shared_only_where_asked():
+    model = build(LLAMA)
+    for share in (False, True):
+        smaller = drop_layers(model, [0], share=share)
+        same = model.h[1].mlp.up_proj.weight.data_ptr() == smaller.h[0].mlp.up_proj.weight.data_ptr()
+        assert same == share

@@ -100,9 +100,10 @@ def keep_units(model: GPT, kept: Sequence[Kept], refitted: Mapping[str, Tensor] 
 
 
 @torch.no_grad()
-def drop_layers(model: GPT, layers: Iterable[int]) -> GPT:
-    """A new network without these blocks, the others in order and renumbered; shares no tensor with `model`.
+def drop_layers(model: GPT, layers: Iterable[int], *, share: bool = False) -> GPT:
+    """A new network without these blocks, the others in order and renumbered.
 
+    It shares no tensor with `model`, or with `share` all of them, for a look at it that costs no memory.
     Raises ValueError for layers that the model does not have, and where none would stay.
     """
     dropped = set(layers)
@@ -123,7 +124,9 @@ def drop_layers(model: GPT, layers: Iterable[int]) -> GPT:
         mlp_dim=tuple(size.mlp_dim for size in sizes),
     )
     whole, empty = model.state_dict(), _empty(smaller)
-    state = {name: whole[_name_before(name, stay)].clone() for name in empty.state_dict()}
+    state = {name: whole[_name_before(name, stay)] for name in empty.state_dict()}
+    if not share:
+        state = {name: tensor.clone() for name, tensor in state.items()}
     return _filled(empty, state, like=model)
 
 
