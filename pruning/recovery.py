@@ -13,13 +13,16 @@ from data.sources import source_format
 from data.tokenizer import Tokenizer
 from formats.adapter import is_adapter, weights_digest
 from formats.checkpoint import load_checkpoint, save_checkpoint
-from formats.open_model import build_model, load_payload, read_config
+from formats.open_model import build_model, check_exists, load_payload, read_config
+from model.gpt import GPT
+from model.lora import target_names
 from model.masks import check_masks
 from model.tuning import merge
 from pruning.files import model_payload
 from pruning.settings import PruneSettings, finetune_lr
 from pruning.text import EMBEDDED, source_of
 from report.files import write_json
+from training.run_folder import RunFolder
 from training.run_settings import FinetuneSettings
 from training.settings import to_dict
 
@@ -42,6 +45,22 @@ _LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 _DISTILL = ("distill_hard", "distill_hidden")
 
 
+def check_recovery(settings: PruneSettings, model: GPT) -> None:
+    """ValueError or OSError, before `model` is pruned, where teacher, data or LoRA's layers are not there."""
+    if not settings.finetune:
+        return
+    if settings.objective == "distill" and settings.teacher is not None:
+        check_exists(settings.teacher)
+    ref = settings.finetune_data
+    if ref is not None and not (resolve_data_dir(ref) / MANIFEST).is_file():
+        source_of(ref)
+    if settings.finetune_method == "lora":
+        try:
+            target_names(model, [name for words in settings.lora_target_modules for name in words.split(",") if name])
+        except ValueError as error:
+            raise ValueError(f"--lora_target_modules: {error}") from None
+
+
 def recover(settings: PruneSettings, start: Path, tokenizer: Tokenizer, say: Say) -> bool:
     """Trains the model in `start` and writes `settings.recovered_path`; False if it was stopped before its end.
 
@@ -54,7 +73,7 @@ def recover(settings: PruneSettings, start: Path, tokenizer: Tokenizer, say: Say
         say(f"{settings.recovered_path}: was recovered by these settings already")
         return True
     tuning = finetune_settings(settings, start, pruned, tokenizer, say)
-    _claim(Path(tuning.log_dir), made)
+    claim(Path(tuning.log_dir), made)
 
     from training.launch import finetune
 
@@ -159,10 +178,13 @@ def _done_before(path: Path, made: dict[str, Any]) -> bool:
     raise ValueError(f"{path}: is there already{why}: choose another --out or --save_ckpt_log_name")
 
 
-def _claim(folder: Path, made: dict[str, Any]) -> None:
-    """The folder is this recovery's from now on. ValueError where it holds another's, which would be gone on with."""
+def claim(folder: Path, made: dict[str, Any]) -> None:
+    """The folder is this recovery's from now on. ValueError where it holds another's, which would be gone on with.
+
+    A recovery that was broken off before its first checkpoint, by a mistaken flag say, leaves nothing to go on with.
+    """
     note = folder / "recovery.json"
-    if note.exists():
+    if note.exists() and RunFolder(folder).checkpoints():
         before = json.loads(note.read_text("utf-8"))
         if before != made:
             name = next(name for name, value in made.items() if before.get(name) != value)

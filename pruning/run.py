@@ -168,6 +168,7 @@ class _Run:
             model.masks = self._masked_here
         if settings.method != "none":
             check_model(model, settings, name)
+        recovery.check_recovery(settings, model)
         self._base_layers = layer_numbers(model)
         self._digest = weights_digest(model.state_dict())
         for note in payload.get("notes", ()):

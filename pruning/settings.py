@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,16 +260,33 @@ def _check_numbers(settings: PruneSettings) -> None:
     least = {
         "importance_samples": 1, "importance_seq_len": 2, "gradient_samples": 1, "eval_samples": 0, "eval_seq_len": 2,
         "block_size": 1, "speed_runs": 0, "rounds": 1, "finetune_samples": 1, "layer_start": 0, "finetune_seq_len": 2,
-        "protect_first": 0, "protect_last": 0, "min_groups": 0, "channel_multiple": 1,
+        "protect_first": 0, "protect_last": 0, "min_groups": 0, "channel_multiple": 1, "finetune_batch_size": 1,
+        "finetune_grad_accum": 1, "finetune_warmup_steps": 0, "finetune_checkpoint_interval": 0, "lora_r": 1,
     }  # fmt: skip
     for name, lowest in least.items():
         if getattr(settings, name) is not None and getattr(settings, name) < lowest:
             raise ValueError(f"--{name} {getattr(settings, name)}: expected at least {lowest}")
+    _check_rates(settings)
     if settings.layer_end is not None and settings.layer_end <= settings.layer_start:
         raise ValueError(
             f"--layer_start {settings.layer_start} --layer_end {settings.layer_end}: layers from the first up to, and "
             "without, the last: the range is empty"
         )
+
+
+def _check_rates(settings: PruneSettings) -> None:
+    """What recovery would refuse under the names that the training loop has for it, and after the pruning."""
+    for name in ("finetune_lr", "finetune_max_grad_norm", "finetune_weight_decay", "distill_hidden"):
+        value = getattr(settings, name)
+        if not value >= 0 or (value == math.inf and name != "finetune_max_grad_norm"):  # NaN too
+            raise ValueError(f"--{name} {value}: expected a number of at least 0")
+    for name in ("finetune_epochs", "lora_alpha"):
+        if not 0 < getattr(settings, name) < math.inf:
+            raise ValueError(f"--{name} {getattr(settings, name)}: expected more than 0")
+    if not 0 <= settings.lora_dropout < 1:
+        raise ValueError(f"--lora_dropout {settings.lora_dropout}: expected a share from 0 to below 1")
+    if not 0 <= settings.distill_hard <= 1:
+        raise ValueError(f"--distill_hard {settings.distill_hard}: expected 0 to 1")
 
 
 def check_layers(settings: PruneSettings, n_layer: int) -> tuple[int, int]:

@@ -13,7 +13,8 @@ from data.tokenizer import ByteTokenizer
 from formats.checkpoint import load_checkpoint
 from pruning import recovery
 from pruning.settings import PruneSettings
-from tests.pruning_runs import save_model, write_texts
+from tests.pruning_runs import RECOVER, prune_command, save_model, write_texts
+from tests.scripts import one_line_error
 from tests.tiny import text_set
 from training.run_settings import FinetuneSettings
 from training.settings import is_explicit, parse
@@ -104,3 +105,39 @@ def test_of_a_set_of_the_hub_enough_is_fetched(monkeypatch: pytest.MonkeyPatch) 
     settings = PruneSettings(finetune_data="c4", finetune_samples=300)
     assert recovery.training_data(settings, BYTES, print) == "folder"
     assert asked == [("c4", (), BYTES, 1200)]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--finetune_batch_size 0", "--finetune_batch_size 0: expected at least 1"),
+        ("--finetune_grad_accum 0", "--finetune_grad_accum 0: expected at least 1"),
+        ("--finetune_checkpoint_interval -1", "--finetune_checkpoint_interval -1: expected at least 0"),
+        ("--finetune_warmup_steps -1", "--finetune_warmup_steps -1: expected at least 0"),
+        ("--finetune_max_grad_norm -1", "--finetune_max_grad_norm -1.0: expected a number of at least 0"),
+        ("--finetune_weight_decay nan", "--finetune_weight_decay nan: expected a number of at least 0"),
+        ("--finetune_lr inf", "--finetune_lr inf: expected a number of at least 0"),
+        ("--finetune_epochs 0", "--finetune_epochs 0.0: expected more than 0"),
+        ("--finetune_method lora --lora_r 0", "--lora_r 0: expected at least 1"),
+        ("--finetune_method lora --lora_alpha 0", "--lora_alpha 0.0: expected more than 0"),
+        ("--finetune_method lora --lora_dropout 1", "--lora_dropout 1.0: expected a share from 0 to below 1"),
+        ("--finetune_method lora --lora_target_modules nope", "--lora_target_modules: LoRA target 'nope' matches no"),
+        ("--objective distill --distill_hard 2", "--distill_hard 2.0: expected 0 to 1"),
+        ("--objective distill --distill_hidden -1", "--distill_hidden -1.0: expected a number of at least 0"),
+        ("--objective distill --teacher nosuch.pt", "nosuch.pt: no such checkpoint"),
+        ("--finetune_data nosuch.txt", "nosuch.txt: no such text"),
+    ],
+)
+def test_a_mistaken_recovery_is_told_before_anything_is_pruned(words: str, says: str, here: Path, capsys: Any) -> None:
+    outcome = prune_command(capsys, "--method", "magnitude", "--out", "a.pt", *RECOVER, *words.split())
+    assert says in one_line_error(outcome)
+    assert not (here / "a.pt").exists()
+
+
+def test_a_folder_is_anothers_only_once_there_is_something_to_go_on_from(tmp_path: Path) -> None:
+    recovery.claim(tmp_path, {"seed": 1})
+    recovery.claim(tmp_path, {"seed": 2})
+    (tmp_path / "model_00003.pt").touch()
+    with pytest.raises(ValueError, match=r"holds a recovery with another seed \(2, now 3\)"):
+        recovery.claim(tmp_path, {"seed": 3})
+    recovery.claim(tmp_path, {"seed": 2})
