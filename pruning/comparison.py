@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +36,33 @@ _ANSWERS = 3
 _NOT_FASTER = 1.02  # times the dense speed; less is within what a machine varies by
 
 
-def check_report_path(path: Path) -> None:
-    """ValueError where something else than such a report is in the way."""
+def check_report_path(settings: PruneSettings, decisive: Sequence[str]) -> None:
+    """ValueError where something else than a report of this run is in the way; `decisive` settings tell runs apart."""
+    path = settings.report_path
     for file in (path, path.with_suffix(".html")):
         if file.is_dir():
             raise ValueError(f"--report {path}: {file} is a folder")
     if path.exists():
-        try:
-            kind = json.loads(path.read_text("utf-8"))["kind"]
-        except (ValueError, KeyError, TypeError):
-            kind = None
-        if kind != "pruning":
-            raise ValueError(f"--report {path}: is there already and no report of prune.py: choose another name")
+        _refuse_another_report(path, settings, decisive)
     elif path.with_suffix(".html").exists():
         raise ValueError(f"--report {path}: {path.with_suffix('.html')} is there already: choose another name")
+
+
+def _refuse_another_report(path: Path, settings: PruneSettings, decisive: Sequence[str]) -> None:
+    try:
+        there = json.loads(path.read_text("utf-8"))
+        before = dict(there["settings"]) if there["kind"] == "pruning" else None
+    except (ValueError, KeyError, TypeError):
+        before = None
+    if before is None:
+        raise ValueError(f"--report {path}: is there already and no report of prune.py: choose another name")
+    now = to_dict(settings)
+    for name in ("base_model", "out", "save_ckpt_log_name", *decisive):
+        if before.get(name) != now[name]:
+            raise ValueError(
+                f"--report {path}: is the report of another run ({name} {before.get(name)}, now {now[name]}): choose "
+                "another --report or --save_ckpt_log_name"
+            )
 
 
 def compare(settings: PruneSettings, result: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from formats.checkpoint import masks_entry
+import torch
+
+from formats.checkpoint import load_checkpoint, masks_entry, payload_masks
 from formats.compact import to_compact
 from model.gpt import GPT
 from model.tuning import base_state
@@ -19,3 +22,11 @@ def model_payload(model: GPT, compact: bool, **about: Any) -> dict[str, Any]:
     weights = {name: tensor.cpu() for name, tensor in base_state(model).items()}
     payload = {"model": weights, "config": model.config.to_dict(), **masks_entry(masks), **about}
     return to_compact(payload, masks) if compact and masks else payload
+
+
+def holds_weights(path: Path, model: GPT) -> bool:
+    """Whether the file is a checkpoint of these very weights and masks; ValueError where it is no checkpoint."""
+    payload, wanted = load_checkpoint(path), base_state(model)
+    weights = payload.get("model", {})
+    same = weights.keys() == wanted.keys() and payload_masks(payload, path).keys() == model.masks.keys()
+    return same and all(torch.equal(weights[name], tensor.cpu()) for name, tensor in wanted.items())

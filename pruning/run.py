@@ -15,7 +15,7 @@ from formats.open_model import build_model, check_exists, load_payload, payload_
 from model.gpt import GPT
 from pruning import comparison, recovery
 from pruning.cache import StatisticsCache
-from pruning.files import model_payload
+from pruning.files import holds_weights, model_payload
 from pruning.measure import kept_by_layer, layer_numbers, measure_perplexity, show, sizes
 from pruning.methods import (
     Outcome,
@@ -51,7 +51,7 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
     check_exists(settings.base_model)
     _refuse_what_is_there(settings)
     if settings.compares:
-        comparison.check_report_path(settings.report_path)
+        comparison.check_report_path(settings, _MAKES)
     console, folder = Console(True), RunFolder(settings.folder)
     folder.open()
     try:
@@ -309,13 +309,20 @@ class _Run:
 
     def _start_without_pruning(self, model: GPT) -> Path:
         """What recovery starts from: the base, or where its zeros have no masks a copy of it with masks."""
+        path = self.settings.folder / "masked.pt"
+        there = bool(self._masked_here) and path.exists()
+        if there and not holds_weights(path, model):
+            raise ValueError(
+                f"{path}: is there already and no copy of {self.settings.base_model}: choose another "
+                "--save_ckpt_log_name"
+            )
         before = self._measured(model)
         self._say_perplexity("before recovery", before)
         self.perplexity = {"before": None, "after": before}
         if not self._masked_here:
             return Path(self.settings.base_model)
-        path = self.settings.folder / "masked.pt"
-        save_checkpoint(path, self._payload(model))
+        if not there:
+            save_checkpoint(path, self._payload(model))
         return path
 
     def _payload(self, model: GPT, **more: Any) -> dict[str, Any]:
