@@ -23,7 +23,7 @@ from evaluation.compare import compare as compare_answers
 from evaluation.prompts import prompt_record, read_prompts
 from formats.checkpoint import payload_bytes
 from formats.open_model import build_model, load_payload
-from pruning.files import model_payload
+from pruning.files import check_place, model_payload
 from pruning.measure import sizes, speed_and_memory
 from pruning.settings import PruneSettings
 from report.files import write_json
@@ -46,6 +46,7 @@ def check_report_path(settings: PruneSettings, decisive: Sequence[str]) -> None:
         _refuse_another_report(path, settings, decisive)
     elif path.with_suffix(".html").exists():
         raise ValueError(f"--report {path}: {path.with_suffix('.html')} is there already: choose another name")
+    check_place(path, f"--report {path}")
 
 
 def _refuse_another_report(path: Path, settings: PruneSettings, decisive: Sequence[str]) -> None:
@@ -63,6 +64,12 @@ def _refuse_another_report(path: Path, settings: PruneSettings, decisive: Sequen
                 f"--report {path}: is the report of another run ({name} {before.get(name)}, now {now[name]}): choose "
                 "another --report or --save_ckpt_log_name"
             )
+
+
+def check_prompts(settings: PruneSettings) -> None:
+    """ValueError or OSError where --prompts cannot be read; standard input, which is read once, is left for then."""
+    if settings.prompts not in (None, "-"):
+        read_prompts(str(settings.prompts))
 
 
 def compare(settings: PruneSettings, result: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:

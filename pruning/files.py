@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +32,15 @@ def holds_weights(path: Path, model: GPT) -> bool:
     weights = payload.get("model", {})
     same = weights.keys() == wanted.keys() and payload_masks(payload, path).keys() == model.masks.keys()
     return same and all(torch.equal(weights[name], tensor.cpu()) for name, tensor in wanted.items())
+
+
+def check_place(path: Path, flag: str) -> None:
+    """ValueError, which begins with `flag`, where no file can be made at `path`, whose folders are made as needed."""
+    folder = next(folder for folder in path.parents if os.path.lexists(folder) or folder == folder.parent)
+    if not folder.is_dir():
+        raise ValueError(f"{flag}: {folder} is no folder, choose another")
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # what access() says of /proc or a full disk is not the whole truth
+            pass
+    except OSError as error:
+        raise ValueError(f"{flag}: no file can be made in {folder} ({error.strerror}): choose another") from None

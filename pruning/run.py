@@ -15,7 +15,7 @@ from formats.open_model import build_model, check_exists, load_payload, payload_
 from model.gpt import GPT
 from pruning import comparison, recovery
 from pruning.cache import StatisticsCache
-from pruning.files import holds_weights, model_payload
+from pruning.files import check_place, holds_weights, model_payload
 from pruning.measure import kept_by_layer, layer_numbers, measure_perplexity, show, sizes
 from pruning.methods import (
     Outcome,
@@ -52,8 +52,12 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
     _refuse_what_is_there(settings)
     if settings.compares:
         comparison.check_report_path(settings, _MAKES)
+        comparison.check_prompts(settings)
     console, folder = Console(True), RunFolder(settings.folder)
-    folder.open()
+    try:
+        folder.open()
+    except ValueError as error:  # the training loop's name for it
+        raise ValueError(f"--save_ckpt_log_name: {str(error).removeprefix('--log_dir ')}") from None
     try:
         console.open_log(folder.path / "training.log")
         result = _in_rounds(settings, console.say) if settings.rounds > 1 else _Run(settings, console.say).run()
@@ -66,11 +70,14 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
 
 
 def _refuse_what_is_there(settings: PruneSettings) -> None:
-    """ValueError, before any work, where something is in the way that prune.py did not write."""
+    """ValueError, before any work, where something is in the way that prune.py did not write, or nothing can be."""
     for path, entry in ((settings.pruned_path, "pruning"), (settings.recovered_path, "recovery")):
         wanted = settings.finetune if entry == "recovery" else settings.method != "none"
         if wanted and path.exists() and not (path.is_file() and load_checkpoint(path).get(entry)):
             raise ValueError(f"{path}: is there already: choose another --out or --save_ckpt_log_name")
+    check_place(settings.folder / "training.log", "--save_ckpt_log_name")
+    if settings.out is not None:
+        check_place(settings.pruned_path, f"--out {settings.out}")
 
 
 def _in_rounds(settings: PruneSettings, say: Callable[[str], None]) -> dict[str, Any]:

@@ -61,3 +61,28 @@ def test_a_copy_with_masks_replaces_nothing_but_itself(compact: tuple[str, ...],
         code, _, err = prune_command(capsys, *words, *compact, base="foreign.pt")
         assert code == 0, err
         (here / "logs/mm/recovered.pt").unlink()
+
+
+# -- bad paths -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--out model.pt/x.pt", "--out model.pt/x.pt: model.pt is no folder, choose another"),
+        ("--out model.pt/deep/x.pt", "--out model.pt/deep/x.pt: model.pt is no folder, choose another"),
+        ("--out /proc/x.pt", "--out /proc/x.pt: no file can be made in /proc ("),
+        ("--out x.pt --report model.pt/r.json", "--report model.pt/r.json: model.pt is no folder, choose another"),
+        ("--out x.pt --report /proc/r.json", "--report /proc/r.json: no file can be made in /proc ("),
+        ("--out x.pt --test_after_prune --prompts nosuch.txt", "nosuch.txt: no such file of prompts"),
+        ("--out x.pt --save_ckpt_log_name afile", "--save_ckpt_log_name: logs/afile is no folder"),
+        ("--save_model --save_ckpt_log_name afile/x", "--save_ckpt_log_name: logs/afile is no folder, choose another"),
+    ],
+)
+def test_a_bad_path_is_told_before_the_work(words: str, says: str, here: Path, capsys: Any) -> None:
+    (here / "logs").mkdir()
+    (here / "logs/afile").touch()
+    outcome = prune_command(capsys, "--method", "magnitude", *words.split())
+    assert says in one_line_error(outcome) and "PPL" not in outcome[1]
+    assert sorted(path.name for path in (here / "logs").iterdir() if path.is_file()) == ["afile"]
+    assert not (here / "x.pt").exists() and not list(here.glob("tmp*"))
