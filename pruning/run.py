@@ -26,7 +26,7 @@ from pruning.methods import (
     zeros_as_masks,
 )
 from pruning.settings import SPARSE, PruneSettings, allocation, check, with_changes
-from pruning.text import TRAIN, VAL, Text, read_text
+from pruning.text import TRAIN, VAL, Text, is_streamed, read_text
 from training.distributed import choose_device
 from training.metrics import Console
 from training.run_folder import RunFolder
@@ -39,6 +39,7 @@ _MAKES = (
     *("protect_first", "protect_last", "min_groups", "channel_multiple", "layer_start", "layer_end", "seed"),
     *("calibration", "importance_samples", "importance_seq_len", "gradient_samples"),
 )
+_POOL = 10  # times the windows that are used are read of a text that has more
 
 
 def prune(settings: PruneSettings) -> dict[str, Any]:
@@ -193,7 +194,8 @@ class _Run:
     def _evaluation_text(self, model: GPT) -> Callable[[GPT], dict[str, Any]]:
         settings = self.settings
         length = self._length(model, "eval_seq_len")
-        text = read_text(settings.eval_text, self._tokenizer, VAL)
+        limit = _POOL * settings.eval_samples * length if is_streamed(settings.eval_text) else None
+        text = read_text(settings.eval_text, self._tokenizer, VAL, limit or None)
         self.say(f"Perplexity is measured on {text.name}" + ("; --eval_text names another" * (not settings.eval_text)))
         if settings.eval_text is not None and settings.eval_text in (settings.calibration, settings.finetune_data):
             self.say("Note: the same text is read to prune or recover: this perplexity flatters")
@@ -289,7 +291,7 @@ class _Run:
         if not needs_text(settings):
             return None
         length = self._length(model, "importance_seq_len")
-        pool = 10 * settings.importance_samples * length
+        pool = _POOL * settings.importance_samples * length
         text: Text = read_text(settings.calibration, self._tokenizer, TRAIN, pool)
         flags = "--importance_samples or --importance_seq_len"
         windows = text.chosen_windows(settings.importance_samples, length, settings.seed, flags)

@@ -92,6 +92,13 @@ def _pieces(ref: str | None, split: str) -> Iterator[Piece]:
     yield from documents(source, inputs)
 
 
+def is_streamed(ref: str | None) -> bool:
+    """Whether `ref` names a set of the Hub, whose end one may not want to wait for. ValueError for no text."""
+    if ref in (None, EMBEDDED) or (resolve_data_dir(str(ref)) / MANIFEST).is_file():
+        return False
+    return not source_of(str(ref))[1]
+
+
 def source_of(ref: str) -> tuple[str, tuple[str, ...]]:
     """The source and input under which the data room reads a file, or a set of the Hub. ValueError for neither."""
     path = Path(ref)
@@ -108,4 +115,4 @@ def source_of(ref: str) -> tuple[str, tuple[str, ...]]:
     raise ValueError(f"{ref}: no such text; expected a file, a prepared set, or a set of the Hub ({known}, owner/name)")
 
 
-__all__ = ["EMBEDDED", "TRAIN", "VAL", "Text", "read_text", "source_of"]
+__all__ = ["EMBEDDED", "TRAIN", "VAL", "Text", "is_streamed", "read_text", "source_of"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from model.pruning.statistics import LayerStatistics, collect, gradients
 from pruning.cache import StatisticsCache
 from pruning.text import Text, read_text, source_of
 from tests.model_helpers import GPT2, LLAMA, UNBALANCED, build
-from tests.pruning_runs import write_texts
+from tests.pruning_runs import prune_command, save_model, write_texts
 from tests.tiny import text_set
 
 BYTES = ByteTokenizer()
@@ -83,6 +85,27 @@ def test_names_of_the_hub_are_told_from_files(ref: str, source: str, tmp_path: P
             source_of(missing)
     with pytest.raises(ValueError, match=r"is a folder without dataset\.json"):
         source_of(str(tmp_path))
+
+
+def test_a_set_of_the_hub_is_read_no_further_than_evaluation_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_texts(tmp_path)
+    save_model(tmp_path / "model.pt")
+    read = itertools.count()
+    monkeypatch.setattr("data.sources._hub_rows", lambda hub: (("row", {"text": "x" * 50}) for _ in endless(read)))
+    code, out, err = prune_command(capsys, "--method", "magnitude", "--out", "a.pt", "--eval_text", "c4")
+    assert code == 0, err
+    assert "Perplexity is measured on c4" in out
+    assert next(read) <= 27, "4 windows of 32 tokens are chosen among 40, 1,280 tokens of documents of 51"
+
+
+def endless(read: Iterator[int]) -> Iterator[int]:
+    """Counts what is asked for, and complains in place of reading on without end."""
+    for number in read:
+        assert number < 1000, "the whole set is read"
+        yield number
 
 
 # -- statistics on disk ----------------------------------------------------------------------------------------------
