@@ -61,6 +61,7 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
         raise ValueError(f"--save_ckpt_log_name: {str(error).removeprefix('--log_dir ')}") from None
     try:
         console.open_log(folder.path / "training.log")
+        _say_what_is_not_read(settings, console.say)
         result = _in_rounds(settings, console.say) if settings.rounds > 1 else _Run(settings, console.say).run()
         if result["finished"] and settings.compares:
             comparison.compare(settings, result, console.say)
@@ -74,11 +75,32 @@ def _refuse_what_is_there(settings: PruneSettings) -> None:
     """ValueError, before any work, where something is in the way that prune.py did not write, or nothing can be."""
     for path, entry in ((settings.pruned_path, "pruning"), (settings.recovered_path, "recovery")):
         wanted = settings.finetune if entry == "recovery" else settings.method != "none"
-        if wanted and path.exists() and not (path.is_file() and load_checkpoint(path).get(entry)):
+        if not wanted or not path.exists():
+            continue
+        there = load_checkpoint(path) if path.is_file() else {}
+        if not there.get(entry):
             raise ValueError(f"{path}: is there already: choose another --out or --save_ckpt_log_name")
+        if settings.compact and there.get("masks") and not there.get("in_memory"):  # which a compact file's weights are
+            raise ValueError(
+                f"{path}: is there already, with its zeros: leave --compact out; export.py compact {path} OUT.pt "
+                "stores it without"
+            )
     check_place(settings.folder / "training.log", "--save_ckpt_log_name")
     if settings.out is not None:
         check_place(settings.pruned_path, f"--out {settings.out}")
+
+
+def _say_what_is_not_read(settings: PruneSettings, say: Callable[[str], None]) -> None:
+    """Texts are no mistake where they are not needed: who compares methods names the same for all."""
+    if settings.calibration is not None and not _reads_calibration(settings):
+        say(f"Note: --calibration {settings.calibration} is not read, --method {settings.method} needs none")
+    if settings.finetune_data is not None and not settings.finetune:
+        say(f"Note: --finetune_data {settings.finetune_data} is not read without --finetune")
+
+
+def _reads_calibration(settings: PruneSettings) -> bool:
+    """Whether the run looks at the calibration text."""
+    return settings.method != "none" and needs_text(settings)
 
 
 def _in_rounds(settings: PruneSettings, say: Callable[[str], None]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from training.settings import is_explicit
+from training.settings import is_explicit, is_flag
 
 # What each method takes: a share of parameters, whole units or layers of which go, or a share of zeros.
 SHRINKING = ("structured", "drop_layers")
@@ -201,6 +201,7 @@ def check(settings: PruneSettings) -> None:
         if path.suffix != ".pt":
             raise ValueError(f"--out {settings.out}: expected a name that ends in .pt")
     _check_shares(settings)
+    _refuse_idle_flags(settings)
     _check_numbers(settings)
     if settings.method == "none" and not settings.finetune:
         raise ValueError("--method none only recovers: add --finetune")
@@ -233,7 +234,15 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "pattern": SPARSE,
     "block_size": SPARSE,
     "allocation": ("structured", *SPARSE),
+    "compact": (*SPARSE, "none"),
 }
+_OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+_OF_DISTILLATION = ("teacher", "distill_hard", "distill_hidden")
+_OF_RECOVERY = (
+    *("finetune_method", "finetune_lr", "finetune_epochs", "finetune_samples", "finetune_batch_size"),
+    *("finetune_seq_len", "finetune_grad_accum", "finetune_max_grad_norm", "finetune_weight_decay"),
+    *("finetune_warmup_steps", "finetune_checkpoint_interval", *_OF_LORA, *_OF_DISTILLATION),
+)
 
 
 def _check_shares(settings: PruneSettings) -> None:
@@ -254,6 +263,20 @@ def _check_shares(settings: PruneSettings) -> None:
         raise ValueError("--no_refit says nothing to --pattern block: blocks are fitted again in any case")
     if settings.allocation == "owl" and settings.method == "structured":
         raise ValueError("--allocation owl is for zeros: --method structured takes uniform or unbalanced")
+
+
+def _refuse_idle_flags(settings: PruneSettings) -> None:
+    """A flag that this run would not look at. A file is a recipe, of which flags may switch a part off."""
+    method, objective = settings.finetune_method, settings.objective
+    for names, used, why in (
+        (_OF_RECOVERY, settings.finetune, "without recovery: add --finetune"),
+        (_OF_LORA, method == "lora", f"to --finetune_method {method}: add --finetune_method lora"),
+        (_OF_DISTILLATION, objective == "distill", f"to --objective {objective}: add --objective distill"),
+        (("prompts",), settings.compares, "without a comparison: add --test_after_prune"),
+    ):
+        idle = [name for name in names if is_flag(settings, name) and not used]
+        if idle:
+            raise ValueError(f"--{idle[0]} says nothing {why}")
 
 
 def _check_numbers(settings: PruneSettings) -> None:

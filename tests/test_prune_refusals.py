@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from formats.checkpoint import load_checkpoint, save_checkpoint
+from pruning.settings import PruneSettings, check, with_changes
 from tests.pruning_runs import RECOVER, prune_command, save_model, write_texts
 from tests.scripts import one_line_error
 from tests.tiny import text_set
+from training.settings import parse
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +88,58 @@ def test_a_bad_path_is_told_before_the_work(words: str, says: str, here: Path, c
     assert says in one_line_error(outcome) and "PPL" not in outcome[1]
     assert sorted(path.name for path in (here / "logs").iterdir() if path.is_file()) == ["afile"]
     assert not (here / "x.pt").exists() and not list(here.glob("tmp*"))
+
+
+# -- flags that say nothing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--compact", "--compact says nothing to --method structured"),
+        ("--method drop_layers --compact", "--compact says nothing to --method drop_layers"),
+        ("--finetune_lr 1e-4", "--finetune_lr says nothing without recovery: add --finetune"),
+        ("--finetune_method lora", "--finetune_method says nothing without recovery: add --finetune"),
+        ("--lora_r 16", "--lora_r says nothing without recovery: add --finetune"),
+        ("--teacher nosuch.pt", "--teacher says nothing without recovery: add --finetune"),
+        ("--finetune --lora_r 16", "--lora_r says nothing to --finetune_method full: add --finetune_method lora"),
+        ("--finetune --teacher nosuch.pt", "--teacher says nothing to --objective sft: add --objective distill"),
+        ("--finetune --distill_hidden 0.1", "--distill_hidden says nothing to --objective sft: add --objective dist"),
+        ("--prompts book.txt", "--prompts says nothing without a comparison: add --test_after_prune"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(words: str, says: str, here: Path, capsys: Any) -> None:
+    assert says in one_line_error(prune_command(capsys, "--out", "a.pt", *words.split()))
+    assert not (here / "a.pt").exists()
+
+
+def test_a_file_is_a_recipe_of_which_flags_take_a_part(here: Path, capsys: Any) -> None:
+    recipe = "finetune: true\nfinetune_method: lora\nlora_r: 4\nfinetune_lr: 1.0e-4\ndistill_hard: 0.2\n"
+    (here / "recipe.yaml").write_text(recipe)
+    code, _, err = prune_command(capsys, "--config", "recipe.yaml", "--out", "a.pt", "--no_finetune")
+    assert code == 0, err
+    settings = parse(PruneSettings, ["--config", "recipe.yaml", "--base_model", "model.pt", "--save_model"])
+    check(settings)
+    check(with_changes(settings, {"finetune_method": "full"}))
+
+
+def test_texts_may_be_named_that_a_method_does_not_read(capsys: Any) -> None:
+    code, out, err = prune_command(capsys, "--method", "magnitude", "--finetune_data", "set", "--out", "a.pt")
+    assert code == 0, err
+    assert "Note: --calibration book.txt is not read, --method magnitude needs none" in out
+    assert "Note: --finetune_data set is not read without --finetune" in out
+
+
+def test_what_is_stored_with_its_zeros_is_not_said_to_be_compact(here: Path, capsys: Any) -> None:
+    text_set(here / "set", n_documents=80)
+    words = ("--method", "magnitude", "--out", "a.pt", "--finetune_data", "set", *RECOVER)
+    assert prune_command(capsys, *words)[0] == 0
+    error = one_line_error(prune_command(capsys, *words, "--compact"))
+    assert "a.pt: is there already, with its zeros: leave --compact out" in error
+    assert "export.py compact a.pt OUT.pt stores it without" in error
+    (here / "a.pt").unlink()
+    assert "a-recovered.pt: is there already, with" in one_line_error(prune_command(capsys, *words, "--compact"))
+    (here / "a-recovered.pt").unlink()
+    (here / "logs/a").rename(here / "logs/before")
+    for _ in range(2):
+        assert prune_command(capsys, *words, "--compact")[0] == 0
