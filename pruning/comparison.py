@@ -3,7 +3,7 @@
 {"format": 1, "kind": "pruning", "title": str, "notes": [str], "protocol": str, "settings": {...},
  "models": [{"label", "path", "parameters", "nonzero", "file_bytes", "compact_bytes",
              "peak_memory_mb", "tokens_per_s", "weights", "perplexity"}],
-                                     dense, pruned, recovered; what was not measured is None
+            dense, pruned, recovered; before, recovered by --method none; what was not measured is None
  "rival": {"note", "perplexity", "parameters", ...} or None,
  "layers": [{"layer", "attention": [kept, of], "mlp": [kept, of]}] or None,
  "answers": what evaluation.compare.compare gives}
@@ -132,18 +132,19 @@ def _title(settings: PruneSettings) -> str:
 def _notes(models: list[dict[str, Any]], rival: dict[str, Any] | None) -> list[str]:
     """What the numbers say, also where it is not what one hoped for."""
     notes = []
-    dense, pruned = models[0], models[-1]
+    dense, pruned = models[0], models[-1]  # the first may be pruned itself, where a run only recovers
+    theirs, whole = "the dense model's", "the dense weights"
+    if dense["label"] != "dense":
+        theirs, whole = "that of the model before", "its weights with them"
     if dense["tokens_per_s"] and pruned["tokens_per_s"] and len(models) > 1:
         ratio = pruned["tokens_per_s"] / dense["tokens_per_s"]
         word = "faster" if ratio > _NOT_FASTER else "NOT faster"
         how = "; its zeros are left out, as sample.py --weights sparse does" if pruned["weights"] == "sparse" else ""
-        notes.append(
-            f"Generation is {word} than the dense model's: {ratio:.2f} times its tokens/s (medians, in turns{how})"
-        )
+        notes.append(f"Generation is {word} than {theirs}: {ratio:.2f} times its tokens/s (medians, in turns{how})")
     if pruned["compact_bytes"] is not None:
         ratio = pruned["compact_bytes"] / dense["file_bytes"]
         notes.append(
-            f"Without its zeros it takes {pruned['compact_bytes'] / 1e6:,.1f} MB, {ratio:.2f} of the dense weights "
+            f"Without its zeros it takes {pruned['compact_bytes'] / 1e6:,.1f} MB, {ratio:.2f} of {whole} "
             "(--compact, or export.py compact)"
         )
     own = models[1]["perplexity"] if len(models) > 1 else None
