@@ -124,9 +124,9 @@ def _title(settings: PruneSettings) -> str:
     if settings.method == "none":
         return f"{name}, recovered"
     if settings.method in ("structured", "drop_layers"):
-        return f"{name}, {settings.method} pruning of {settings.pruning_ratio:.0%}"
+        return f"{name}, {settings.method} pruning of {100 * settings.pruning_ratio:g}%"
     pattern = f"{settings.block_size}x{settings.block_size} blocks" if settings.pattern == "block" else settings.pattern
-    return f"{name}, {settings.method} pruning to {settings.sparsity:.0%} zeros, {pattern}"
+    return f"{name}, {settings.method} pruning to {100 * settings.sparsity:g}% zeros, {pattern}"
 
 
 def _notes(models: list[dict[str, Any]], rival: dict[str, Any] | None) -> list[str]:

@@ -199,6 +199,8 @@ def check_model(model: GPT, settings: PruneSettings, name: str) -> None:
         raise ValueError(
             f"{name}: {share:.1%} of the weights of the chosen layers are zero already: --sparsity "
             f"{settings.sparsity:g} asks for no more; give a larger one"
+            + " and another --pattern"
+            * (settings.pattern in ("2:4", "4:8"))
         )
 
 

@@ -26,7 +26,7 @@ from pruning.methods import (
     zeros_as_masks,
 )
 from pruning.settings import SPARSE, PruneSettings, allocation, check, with_changes
-from pruning.text import TRAIN, VAL, Text, is_streamed, read_text
+from pruning.text import TRAIN, VAL, Text, is_split, is_streamed, read_text
 from training.distributed import choose_device
 from training.metrics import Console
 from training.run_folder import RunFolder
@@ -219,7 +219,8 @@ class _Run:
         limit = _POOL * settings.eval_samples * length if is_streamed(settings.eval_text) else None
         text = read_text(settings.eval_text, self._tokenizer, VAL, limit or None)
         self.say(f"Perplexity is measured on {text.name}" + ("; --eval_text names another" * (not settings.eval_text)))
-        if settings.eval_text is not None and settings.eval_text in (settings.calibration, settings.finetune_data):
+        read = [settings.calibration] * _reads_calibration(settings) + [settings.finetune_data] * settings.finetune
+        if settings.eval_text in read and not is_split(settings.eval_text):
             self.say("Note: the same text is read to prune or recover: this perplexity flatters")
         return lambda measured: measure_perplexity(measured, text, settings.eval_samples, length)
 

@@ -94,9 +94,12 @@ def _pieces(ref: str | None, split: str) -> Iterator[Piece]:
 
 def is_streamed(ref: str | None) -> bool:
     """Whether `ref` names a set of the Hub, whose end one may not want to wait for. ValueError for no text."""
-    if ref in (None, EMBEDDED) or (resolve_data_dir(str(ref)) / MANIFEST).is_file():
-        return False
-    return not source_of(str(ref))[1]
+    return not is_split(ref) and not source_of(str(ref))[1]
+
+
+def is_split(ref: str | None) -> bool:
+    """Whether the text keeps a part for evaluation: the embedded one, and sets made by prepare_data.py."""
+    return ref in (None, EMBEDDED) or (resolve_data_dir(str(ref)) / MANIFEST).is_file()
 
 
 def source_of(ref: str) -> tuple[str, tuple[str, ...]]:
@@ -115,4 +118,4 @@ def source_of(ref: str) -> tuple[str, tuple[str, ...]]:
     raise ValueError(f"{ref}: no such text; expected a file, a prepared set, or a set of the Hub ({known}, owner/name)")
 
 
-__all__ = ["EMBEDDED", "TRAIN", "VAL", "Text", "is_streamed", "read_text", "source_of"]
+__all__ = ["EMBEDDED", "TRAIN", "VAL", "Text", "is_split", "is_streamed", "read_text", "source_of"]
