@@ -162,3 +162,14 @@ def test_an_interrupted_collection_leaves_whole_layers_and_a_damaged_one_is_name
     (cache.folder / "layer_00001.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0")
     with pytest.raises(ValueError, match=r"layer_00001\.safetensors: is damaged .*; delete it to have it made again"):
         cache.layer(1)
+
+
+def test_statistics_behind_pruned_layers_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_texts(tmp_path)
+    save_model(tmp_path / "model.pt")
+    for number, (words, kept) in enumerate([("--pattern 2:4", 0), ("--pattern block --block_size 8", 3)]):
+        assert prune_command(capsys, "--method", "wanda", *words.split(), "--out", f"{number}.pt")[0] == 0
+        assert len(list(tmp_path.glob("logs/statistics/*/layer_*.safetensors"))) == kept, words
