@@ -13,7 +13,7 @@ from model.pruning.latency import unit_seconds
 from model.pruning.layers import layers_worth
 from model.pruning.matrices import matrices
 from model.pruning.sparse import SparseSettings, prune_sparse
-from model.pruning.structured import StructuredSettings, layers_in_range, prune_structured
+from model.pruning.structured import NothingToPrune, StructuredSettings, layers_in_range, prune_structured
 from model.pruning.units import UnitCosts, drop_layers, unit_flops, unit_parameters
 from pruning.cache import StatisticsCache
 from pruning.settings import (
@@ -39,13 +39,15 @@ class Outcome(NamedTuple):
     model: GPT
     layers: list[int]
     notes: list[str]
+    gone: float = 0.0  # structured: share of the cost of the units in range
 
 
 def prune_model(model: GPT, settings: PruneSettings, cache: StatisticsCache | None) -> Outcome:
     """The pruned model; for zeros it is `model`, changed in place. `cache` may be None where no text is needed.
 
-    Raises ValueError for what the model does not allow.
+    Raises ValueError for what the model does not allow, and NothingToPrune, a ValueError too, where nothing would go.
     """
+    _check_work(model, settings)
     if settings.method == "structured":
         return _structured(model, settings, cache)
     if settings.method == "drop_layers":
@@ -60,13 +62,26 @@ def needs_text(settings: PruneSettings) -> bool:
     return settings.method != "magnitude" or allocation(settings) != "uniform"
 
 
+def unpruned(model: GPT, note: str) -> Outcome:
+    """The outcome that leaves a model as it is."""
+    return Outcome(model, list(range(model.config.n_layer)), [note])
+
+
+def _check_work(model: GPT, settings: PruneSettings) -> None:
+    """NothingToPrune for the part of a round that the rounds before it have done with what they took beyond theirs."""
+    if settings.method == "structured" and settings.pruning_ratio <= 0:
+        raise NothingToPrune("the rounds before it took its part already")
+    if settings.method in SPARSE and model.masks:
+        _check_zeros(model, settings, "the model")
+
+
 def _structured(model: GPT, settings: PruneSettings, cache: StatisticsCache | None) -> Outcome:
     assert cache is not None
     wanted = structured_settings(settings)
     gradients = None if settings.importance == "activation" else cache.gradients(gradient_samples(settings))
     smaller, report = prune_structured(model, cache.layer, gradients, wanted, _costs(model, settings))
     note = f"{report.removed_parameters:,} parameters removed, {report.achieved:.1%} of the units in range"
-    return Outcome(smaller, list(range(model.config.n_layer)), [note, *report.notes])
+    return Outcome(smaller, list(range(model.config.n_layer)), [note, *report.notes], report.achieved)
 
 
 def structured_settings(settings: PruneSettings) -> StructuredSettings:
@@ -192,12 +207,17 @@ def check_model(model: GPT, settings: PruneSettings, name: str) -> None:
             f"{name}: is sparse already ({line}): --method {settings.method} takes whole units, whose zeros would be "
             f"lost with them; prune the dense model, or its zeros further with {', '.join(SPARSE)}"
         )
+    _check_zeros(model, settings, name)
+
+
+def _check_zeros(model: GPT, settings: PruneSettings, name: str) -> None:
+    """NothingToPrune where not one weight is left to become zero."""
     inside = matrices(model, range(*check_layers(settings, model.config.n_layer))).values()
     zeros = sum(int((module.weight == 0).sum()) for module in inside)
-    share = zeros / sum(module.weight.numel() for module in inside)
-    if share >= settings.sparsity - 1e-3:
-        raise ValueError(
-            f"{name}: {share:.1%} of the weights of the chosen layers are zero already: --sparsity "
+    weights = sum(module.weight.numel() for module in inside)
+    if zeros >= round(settings.sparsity * weights):
+        raise NothingToPrune(
+            f"{name}: {zeros / weights:.1%} of the weights of the chosen layers are zero already: --sparsity "
             f"{settings.sparsity:g} asks for no more; give a larger one"
             + " and another --pattern"
             * (settings.pattern in ("2:4", "4:8"))

@@ -13,6 +13,7 @@ from formats.adapter import is_adapter, weights_digest
 from formats.checkpoint import load_checkpoint, save_checkpoint
 from formats.open_model import build_model, check_exists, load_payload, payload_tokenizer
 from model.gpt import GPT
+from model.pruning.structured import NothingToPrune
 from pruning import comparison, recovery
 from pruning.cache import StatisticsCache
 from pruning.files import check_place, holds_weights, model_payload
@@ -23,6 +24,7 @@ from pruning.methods import (
     check_model,
     needs_text,
     prune_model,
+    unpruned,
     zeros_as_masks,
 )
 from pruning.settings import SPARSE, PruneSettings, allocation, check, with_changes
@@ -104,18 +106,28 @@ def _reads_calibration(settings: PruneSettings) -> bool:
 
 
 def _in_rounds(settings: PruneSettings, say: Callable[[str], None]) -> dict[str, Any]:
-    """Prune a part of the way, recover, and again; each round starts from what the one before it left."""
-    base, first, result = settings.base_model, None, {}
+    """Prune a part of the way, recover, and again; each round starts from what the one before it left.
+
+    A round that finds nothing to prune is left out. The last one, whose files are those asked for, then only recovers.
+    """
+    base, first, result, left = settings.base_model, None, {}, 1.0
     for number in range(1, settings.rounds + 1):
         last = number == settings.rounds
-        ratio, sparsity = round_shares(settings, number)
+        ratio, sparsity = round_shares(settings, number, left)
         say(f"Round {number} of {settings.rounds}: {_share_line(settings, ratio, sparsity)}")
-        changes = {"base_model": base, "pruning_ratio": ratio, "sparsity": sparsity, "rounds": 1}
+        changes = {"base_model": base, "pruning_ratio": ratio, "sparsity": sparsity}
         changes["teacher"] = settings.teacher or settings.base_model
         changes["save_ckpt_log_name"] = f"{settings.folder.name}/round-{number}"
         changes["out"] = str(settings.pruned_path if last else settings.folder / f"round-{number}" / "pruned.pt")
-        result = _Run(with_changes(settings, changes), say).run()
+        try:
+            result = _Run(with_changes(settings, changes), say, settings, first).run()
+        except NothingToPrune as nothing:
+            if last:
+                raise
+            say(f"Round {number} is left out: {nothing}")
+            continue
         first = first or result
+        left *= 1 - result["pruning"]["gone"]
         if not result["finished"]:
             break
         base = str(result["recovered"])
@@ -128,15 +140,16 @@ def _in_rounds(settings: PruneSettings, say: Callable[[str], None]) -> dict[str,
     return {**result, "base": settings.base_model, "layers": layers, "pruning": pruning}
 
 
-def round_shares(settings: PruneSettings, number: int) -> tuple[float, float]:
-    """--pruning_ratio and --sparsity of a round, 1 the first.
+def round_shares(settings: PruneSettings, number: int, left: float) -> tuple[float, float]:
+    """--pruning_ratio and --sparsity of a round, 1 the first; `left`: share of the units that is there by then.
 
-    Units go in equal parts of the model as it was; the ratio of a round is a share of what is left by then. Zeros come
-    fast at first and slowly at the end: s (1 - (1 - r/N)^3) after round r (Zhu & Gupta 2017).
+    Units go in equal parts of the model as it was; the ratio of a round is a share of what is left by then, 0 where the
+    whole units of the rounds before came to its part too. Zeros come fast at first and slowly at the end:
+    s (1 - (1 - r/N)^3) after round r (Zhu & Gupta 2017).
     """
-    done, now = ((number + k) / settings.rounds * settings.pruning_ratio for k in (-1, 0))
+    stays = 1 - number / settings.rounds * settings.pruning_ratio
     sparsity = settings.sparsity * (1 - (1 - number / settings.rounds) ** 3)
-    return (now - done) / (1 - done), sparsity
+    return max(0.0, 1 - stays / left), sparsity
 
 
 def _share_line(settings: PruneSettings, ratio: float, sparsity: float) -> str:
@@ -144,10 +157,19 @@ def _share_line(settings: PruneSettings, ratio: float, sparsity: float) -> str:
 
 
 class _Run:
-    """One round, a step a method."""
+    """One round, a step a method.
 
-    def __init__(self, settings: PruneSettings, say: Callable[[str], None]) -> None:
-        self.settings, self.say = settings, say
+    `whole`: the settings of all rounds together; `first`: the result of the first of them, None while there is none.
+    """
+
+    def __init__(
+        self,
+        settings: PruneSettings,
+        say: Callable[[str], None],
+        whole: PruneSettings | None = None,
+        first: dict[str, Any] | None = None,
+    ) -> None:
+        self.settings, self.say, self.whole, self.first = settings, say, whole or settings, first
         self.device = choose_device(settings.device)
         self.perplexity: dict[str, Any] = {}
 
@@ -196,8 +218,8 @@ class _Run:
         if self._masked_here:
             self.say(f"{name}: zeros in {len(self._masked_here)} matrices, which no masks explain: taken as pruned")
             model.masks = self._masked_here
-        if settings.method != "none":
-            check_model(model, settings, name)
+        if settings.method != "none" and self.first is None:
+            check_model(model, self.whole, name)
         recovery.check_recovery(settings, model)
         self._base_layers = layer_numbers(model)
         self._digest = weights_digest(model.state_dict())
@@ -283,7 +305,7 @@ class _Run:
         before = self._measured(model)
         self._say_perplexity("before pruning", before)
         cache = self._statistics(model)
-        outcome = prune_model(model, settings, cache)
+        outcome = self._pruned(model, cache)
         for note in outcome.notes:
             self.say(note)
         after = self._measured(outcome.model)
@@ -296,11 +318,20 @@ class _Run:
         entry = {
             "made": self._made(), "base": {"name": settings.base_model, "digest": self._digest},
             "perplexity": self.perplexity, "notes": outcome.notes, "layers": self._layers(outcome), "rival": rival,
-            "versions": versions(),
+            "gone": outcome.gone, "versions": versions(),
         }  # fmt: skip
         size = save_checkpoint(settings.pruned_path, self._payload(outcome.model, pruning=entry))
         self.say(f"Saved {settings.pruned_path} ({size / 1e6:.1f} MB)")
         return entry
+
+    def _pruned(self, model: GPT, cache: StatisticsCache | None) -> Outcome:
+        """NothingToPrune where nothing would go, but in the last round after others: it leaves what they made."""
+        try:
+            return prune_model(model, self.settings, cache)
+        except NothingToPrune as nothing:
+            if self.first is None or self.settings.pruned_path != self.whole.pruned_path:
+                raise
+            return unpruned(model, f"nothing is left to prune: {nothing}")
 
     def _layers(self, outcome: Outcome) -> list[dict[str, Any]]:
         now: list[dict[str, int] | None] = [None] * len(self._base_layers)
@@ -329,7 +360,7 @@ class _Run:
     def _rival(self, model: GPT, pruned: GPT, cache: StatisticsCache | None) -> dict[str, Any] | None:
         """Whole layers dropped in place of the units, for as many parameters: what a finer method has to beat."""
         settings = self.settings
-        if settings.method != "structured" or cache is None:
+        if settings.method != "structured" or cache is None or settings.pruning_ratio <= 0:
             return None
         try:
             rival = cheap_rival(model, pruned, settings, cache)

@@ -352,9 +352,10 @@ def test_shares_of_rounds_end_at_what_was_asked() -> None:
     settings = PruneSettings(pruning_ratio=0.4, sparsity=0.5, rounds=3)
     left = 1.0
     for number in (1, 2, 3):
-        left *= 1 - round_shares(settings, number)[0]
-    assert left == pytest.approx(0.6) and round_shares(settings, 3)[1] == 0.5
-    assert round_shares(settings, 1)[0] == pytest.approx(0.4 / 3)
+        left *= 1 - round_shares(settings, number, left)[0]
+    assert left == pytest.approx(0.6) and round_shares(settings, 3, left)[1] == 0.5
+    assert round_shares(settings, 1, 1.0)[0] == pytest.approx(0.4 / 3)
+    assert round_shares(settings, 2, 0.7)[0] == 0, "more than its part is gone by then"
 
 
 def measured_here(refs: list[str], runs: int, device: str, say: Any) -> list[dict[str, Any]]:

@@ -65,6 +65,10 @@ class StructuredSettings:
             raise ValueError(f"channel_multiple is {self.channel_multiple!r}: give at least 1")
 
 
+class NothingToPrune(ValueError):
+    """What is asked for is less than any unit, or gone already."""
+
+
 class LayerRow(NamedTuple):
     """What one layer kept, and of how much; parameters are those of its units."""
 
@@ -107,7 +111,7 @@ def prune_structured(
 
     statistics(i) are those of layer i; each is asked for twice (scores, then the re-fit) and not held. `gradients` may
     be None for `activation`. `costs` of the units make the budget; by default their parameters.
-    Raises ValueError for a range outside the model, and where no unit may go.
+    Raises ValueError for a range outside the model, and NothingToPrune where no unit may go.
     """
     layers = layers_in_range(model.config, settings)
     scores = {i: unit_scores(model, i, statistics(i), gradients, settings) for i in layers}
@@ -200,7 +204,7 @@ def choose_units(
 
     unbalanced: what costs the loss least per cost goes first, over all layers, until the budget is met as nearly as
     whole units can. uniform: the same share of every layer's kv groups, to the nearest; its channels even that out.
-    Raises ValueError where nothing may go.
+    Raises NothingToPrune where nothing may go.
     """
     steps = [_steps(i, own, costs, settings) for i, own in scores.items()]
     if settings.allocation == "unbalanced":
@@ -213,9 +217,9 @@ def choose_units(
             left = settings.ratio * _cost(config, i, costs, settings) - sum(step.cost for step in first)
             chosen += first + _cheapest(channels, left)
     if not chosen:
-        raise ValueError(
+        raise NothingToPrune(
             f"a ratio of {settings.ratio:g} removes nothing: every unit is larger than that, or the floors keep it; "
-            "raise the ratio, prune the MLP too, or lower min_groups and min_channels"
+            "raise the ratio, prune the MLP too, or lower the floors (min_groups)"
         )
     gone: dict[tuple[int, int], list[int]] = defaultdict(list)
     for step in chosen:
