@@ -40,6 +40,7 @@ class Outcome(NamedTuple):
     layers: list[int]
     notes: list[str]
     gone: float = 0.0  # structured: share of the cost of the units in range
+    removed: int = 0  # structured: their parameters
 
 
 def prune_model(model: GPT, settings: PruneSettings, cache: StatisticsCache | None) -> Outcome:
@@ -81,7 +82,8 @@ def _structured(model: GPT, settings: PruneSettings, cache: StatisticsCache | No
     gradients = None if settings.importance == "activation" else cache.gradients(gradient_samples(settings))
     smaller, report = prune_structured(model, cache.layer, gradients, wanted, _costs(model, settings))
     note = f"{report.removed_parameters:,} parameters removed, {report.achieved:.1%} of the units in range"
-    return Outcome(smaller, list(range(model.config.n_layer)), [note, *report.notes], report.achieved)
+    notes = [note, *report.notes]
+    return Outcome(smaller, list(range(model.config.n_layer)), notes, report.achieved, report.removed_parameters)
 
 
 def structured_settings(settings: PruneSettings) -> StructuredSettings:

@@ -111,6 +111,7 @@ def _in_rounds(settings: PruneSettings, say: Callable[[str], None]) -> dict[str,
     A round that finds nothing to prune is left out. The last one, whose files are those asked for, then only recovers.
     """
     base, first, result, left = settings.base_model, None, {}, 1.0
+    done: dict[int, dict[str, Any]] = {}  # the entry `pruning` of each round
     for number in range(1, settings.rounds + 1):
         last = number == settings.rounds
         ratio, sparsity = round_shares(settings, number, left)
@@ -127,7 +128,8 @@ def _in_rounds(settings: PruneSettings, say: Callable[[str], None]) -> dict[str,
             say(f"Round {number} is left out: {nothing}")
             continue
         first = first or result
-        left *= 1 - result["pruning"]["gone"]
+        done[number] = result["pruning"]
+        left *= 1 - done[number]["gone"]
         if not result["finished"]:
             break
         base = str(result["recovered"])
@@ -135,9 +137,20 @@ def _in_rounds(settings: PruneSettings, say: Callable[[str], None]) -> dict[str,
     result["perplexity"]["before"] = first["perplexity"]["before"]
     rows = result["pruning"]["layers"]
     now = [{part: row[part][0] for part in ("attention", "mlp")} for row in rows]
-    pruning = {**result["pruning"], "rival": None}  # a rival of the last round alone
+    # A rival would be one of the last round alone.
+    pruning = {**result["pruning"], "rival": None, "notes": _notes_of_rounds(done, 1 - left)}
     layers = kept_by_layer(first["base_layers"], now)
     return {**result, "base": settings.base_model, "layers": layers, "pruning": pruning}
+
+
+def _notes_of_rounds(done: dict[int, dict[str, Any]], gone: float) -> list[str]:
+    """What is to be said of all rounds, by the entry `pruning` of each. A line on zeros counts those of before too."""
+    *_, last = done.values()
+    if last["made"]["method"] in SPARSE:
+        return list(last["notes"])
+    removed = [entry["removed"] for entry in done.values() if entry["removed"]]
+    total = f"{sum(removed):,} parameters removed in {len(removed)} rounds, {gone:.1%} of the units in range"
+    return [total, *(f"Round {number}: {note}" for number, entry in done.items() for note in entry["notes"])]
 
 
 def round_shares(settings: PruneSettings, number: int, left: float) -> tuple[float, float]:
@@ -318,7 +331,7 @@ class _Run:
         entry = {
             "made": self._made(), "base": {"name": settings.base_model, "digest": self._digest},
             "perplexity": self.perplexity, "notes": outcome.notes, "layers": self._layers(outcome), "rival": rival,
-            "gone": outcome.gone, "versions": versions(),
+            "gone": outcome.gone, "removed": outcome.removed, "versions": versions(),
         }  # fmt: skip
         size = save_checkpoint(settings.pruned_path, self._payload(outcome.model, pruning=entry))
         self.say(f"Saved {settings.pruned_path} ({size / 1e6:.1f} MB)")

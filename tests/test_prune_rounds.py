@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,17 @@ def test_rounds_that_would_all_prune_nothing_are_told_so(here: Path, capsys: Any
     outcome = prune_command(capsys, *ZEROS, "--out", "b.pt", *BRIEFLY, base="w.pt")
     assert "w.pt: 60.0% of the weights of the chosen layers are zero already" in one_line_error(outcome)
     assert not (here / "logs/b/round-1").exists()
+
+
+def test_the_report_tells_of_all_rounds(here: Path, capsys: Any) -> None:
+    words = ("--prune_mlp", "--pruning_ratio", 0.4, "--rounds", 2, "--out", "a.pt", "--test_after_prune")
+    code, _, err = prune_command(capsys, *words, *BRIEFLY)
+    assert code == 0, err
+    report = json.loads((here / "logs/a/report.json").read_text())
+    assert report["title"] == "model.pt, structured pruning of 40%"
+    dense, pruned, _ = report["models"]
+    total, first, second, *_ = report["notes"]
+    gone = dense["parameters"] - pruned["parameters"]
+    assert total == f"{gone:,} parameters removed in 2 rounds, 40.0% of the units in range"
+    assert first.startswith("Round 1: ") and ", 20.0% of the units in range" in first
+    assert second.startswith("Round 2: ") and ", 25.0% of the units in range" in second
