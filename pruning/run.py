@@ -118,7 +118,7 @@ def _in_rounds(settings: PruneSettings, say: Callable[[str], None]) -> dict[str,
         say(f"Round {number} of {settings.rounds}: {_share_line(settings, ratio, sparsity)}")
         changes = {"base_model": base, "pruning_ratio": ratio, "sparsity": sparsity}
         changes["teacher"] = settings.teacher or settings.base_model
-        changes["save_ckpt_log_name"] = f"{settings.folder.name}/round-{number}"
+        changes["save_ckpt_log_name"] = f"{settings.log_name}/round-{number}"
         changes["out"] = str(settings.pruned_path if last else settings.folder / f"round-{number}" / "pruned.pt")
         try:
             result = _Run(with_changes(settings, changes), say, settings, first).run()

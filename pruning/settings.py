@@ -146,11 +146,16 @@ class PruneSettings:
     """auto, cpu, cuda, cuda:N or mps."""
 
     @property
-    def folder(self) -> Path:
-        """logs/NAME; with --out alone, NAME is the file's."""
+    def log_name(self) -> str:
+        """--save_ckpt_log_name; with --out alone, the file's."""
         if self.out is not None and not is_explicit(self, "save_ckpt_log_name"):
-            return Path("logs") / Path(self.out).stem
-        return Path("logs") / self.save_ckpt_log_name
+            return Path(self.out).stem
+        return self.save_ckpt_log_name
+
+    @property
+    def folder(self) -> Path:
+        """logs/NAME."""
+        return Path("logs") / self.log_name
 
     @property
     def pruned_path(self) -> Path:

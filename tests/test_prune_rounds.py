@@ -90,3 +90,11 @@ def test_the_report_tells_of_all_rounds(here: Path, capsys: Any) -> None:
     assert total == f"{gone:,} parameters removed in 2 rounds, 40.0% of the units in range"
     assert first.startswith("Round 1: ") and ", 20.0% of the units in range" in first
     assert second.startswith("Round 2: ") and ", 25.0% of the units in range" in second
+
+
+def test_the_rounds_of_each_name_have_folders_of_their_own(here: Path, capsys: Any) -> None:
+    for name, sparsity in (("n1/run", 0.6), ("n2/run", 0.7)):
+        words = (*ZEROS, "--sparsity", sparsity, "--save_model", "--save_ckpt_log_name", name)
+        code, _, err = prune_command(capsys, *words, *BRIEFLY)
+        assert code == 0, err
+        assert (here / f"logs/{name}/round-1/recovery").is_dir() and not (here / "logs/run").exists()
