@@ -127,17 +127,22 @@ def finetune_settings(
 
 
 def teacher(settings: PruneSettings, pruned: dict[str, Any]) -> str:
-    """--teacher, or the model that was pruned. ValueError where that is not known."""
+    """--teacher, or the model that was pruned. ValueError where that is not known, or not there, or another by now."""
     if settings.teacher is not None:
         return settings.teacher
     if settings.method != "none":
         return settings.base_model
-    base = (pruned.get("pruning") or {}).get("base", {}).get("name")
-    if base is None:
+    base = (pruned.get("pruning") or {}).get("base", {})
+    name, digest = base.get("name"), base.get("digest")
+    if name is None:
         raise ValueError(
             f"--objective distill: {settings.base_model} does not say what it was pruned from: name that with --teacher"
         )
-    return str(base)
+    if digest is not None and digest != weights_digest(build_model(load_payload(name), name).state_dict()):
+        raise ValueError(
+            f"{name}: is not the model that {settings.base_model} was pruned from any more: name one with --teacher"
+        )
+    return str(name)
 
 
 def training_data(settings: PruneSettings, tokenizer: Tokenizer, say: Say) -> str:

@@ -329,13 +329,20 @@ class _Run:
         measured = {"protocol": self._protocol, "measured": self._measuring()}
         self.perplexity = {"before": before, "after": after, **measured}
         entry = {
-            "made": self._made(), "base": {"name": settings.base_model, "digest": self._digest},
+            "made": self._made(), "base": self._origin(),
             "perplexity": self.perplexity, "notes": outcome.notes, "layers": self._layers(outcome), "rival": rival,
             "gone": outcome.gone, "removed": outcome.removed, "versions": versions(),
         }  # fmt: skip
         size = save_checkpoint(settings.pruned_path, self._payload(outcome.model, pruning=entry))
         self.say(f"Saved {settings.pruned_path} ({size / 1e6:.1f} MB)")
         return entry
+
+    def _origin(self) -> dict[str, str]:
+        """What the model is a pruned form of, also after many rounds: what a later recovery learns from."""
+        if self.first is None:
+            return {"name": self.settings.base_model, "digest": self._digest}
+        origin: dict[str, str] = self.first["pruning"]["base"]
+        return origin
 
     def _pruned(self, model: GPT, cache: StatisticsCache | None) -> Outcome:
         """NothingToPrune where nothing would go, but in the last round after others: it leaves what they made."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from data.shards import open_dataset
 from data.tokenizer import ByteTokenizer
+from formats.adapter import weights_digest
 from formats.checkpoint import load_checkpoint
 from pruning import recovery
 from pruning.settings import PruneSettings
@@ -76,6 +78,17 @@ def test_a_teacher_is_the_base_another_or_what_the_base_was_pruned_from() -> Non
     assert recovery.teacher(settings, {"pruning": {"base": {"name": "dense.pt"}}}) == "dense.pt"
     with pytest.raises(ValueError, match=r"model\.pt does not say what it was pruned from: name that with --teacher"):
         recovery.teacher(settings, {"pruning": None})
+
+
+def test_a_teacher_that_was_replaced_since_is_not_learned_from(here: Path) -> None:
+    digest = weights_digest(load_checkpoint("model.pt")["model"])
+    pruned = {"pruning": {"base": {"name": "model.pt", "digest": digest}}}
+    settings = PruneSettings(method="none", base_model="pruned.pt")
+    assert recovery.teacher(settings, pruned) == "model.pt"
+    save_model(here / "model.pt", seed=1)
+    with pytest.raises(ValueError, match=r"model\.pt: is not the model that pruned\.pt was pruned from .* --teacher"):
+        recovery.teacher(settings, pruned)
+    assert recovery.teacher(dataclasses.replace(settings, teacher="model.pt"), pruned) == "model.pt"
 
 
 @pytest.mark.parametrize("name", ["book.txt", "docs.jsonl"])

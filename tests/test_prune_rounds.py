@@ -78,6 +78,15 @@ def test_rounds_that_would_all_prune_nothing_are_told_so(here: Path, capsys: Any
     assert not (here / "logs/b/round-1").exists()
 
 
+def test_a_second_stage_learns_from_the_model_before_all_rounds(capsys: Any) -> None:
+    code, _, err = prune_command(capsys, *ZEROS, "--out", "a.pt", *BRIEFLY)
+    assert code == 0, err
+    stage = ("--method", "none", "--objective", "distill", "--out", "b.pt")
+    code, out, err = prune_command(capsys, *stage, *BRIEFLY, base="a-recovered.pt")
+    assert code == 0, err
+    assert "KL from model.pt" in out
+
+
 def test_the_report_tells_of_all_rounds(here: Path, capsys: Any) -> None:
     words = ("--prune_mlp", "--pruning_ratio", 0.4, "--rounds", 2, "--out", "a.pt", "--test_after_prune")
     code, _, err = prune_command(capsys, *words, *BRIEFLY)
