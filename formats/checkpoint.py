@@ -251,6 +251,12 @@ def _check_entries(payload: dict[str, Any], path: Path) -> None:
                 raise ValueError(f"{path}: its {name} has a {inner} that is no dict")
 
 
+def stream_order(payload: Mapping[str, Any]) -> str | None:
+    """What the order of a loaded model's residual channels is called where pruning in blocks changed it, else None."""
+    entry = payload.get("pruning")
+    return entry.get("order") if isinstance(entry, dict) else None
+
+
 def payload_masks(payload: Mapping[str, Any], path: str | Path) -> Masks:
     """The pruning masks of a loaded model by name of weight, none where it is dense. ValueError for what is no mask."""
     entry = payload.get("masks", {})

@@ -22,6 +22,7 @@ from pruning.settings import (
     allocation,
     check_layers,
     gradient_samples,
+    reorders,
     second_order_blocks,
 )
 
@@ -149,7 +150,7 @@ def sparse_settings(settings: PruneSettings) -> SparseSettings:
         layer_start=settings.layer_start,
         layer_end=settings.layer_end,
         refit=settings.refit,
-        reorder=settings.distill_hidden == 0,  # a teacher's streams are compared channel by channel
+        reorder=reorders(settings),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from data.templates import template_from_spec
 from data.tokenizer import Tokenizer
 from formats.adapter import is_adapter, weights_digest
-from formats.checkpoint import load_checkpoint, save_checkpoint
+from formats.checkpoint import load_checkpoint, save_checkpoint, stream_order
 from formats.open_model import build_model, check_exists, load_payload, payload_tokenizer
 from model.gpt import GPT
 from model.pruning.structured import NothingToPrune
@@ -27,7 +27,7 @@ from pruning.methods import (
     unpruned,
     zeros_as_masks,
 )
-from pruning.settings import SPARSE, PruneSettings, allocation, check, with_changes
+from pruning.settings import SPARSE, PruneSettings, allocation, check, reorders, with_changes
 from pruning.text import TRAIN, VAL, Text, is_split, is_streamed, read_text
 from training.distributed import choose_device
 from training.metrics import Console
@@ -234,6 +234,8 @@ class _Run:
         if settings.method != "none" and self.first is None:
             check_model(model, self.whole, name)
         recovery.check_recovery(settings, model)
+        self._order = stream_order(payload)
+        self._reorders = reorders(settings) and not model.masks  # zeros of before have their places
         self._base_layers = layer_numbers(model)
         self._digest = weights_digest(model.state_dict())
         for note in payload.get("notes", ()):
@@ -280,6 +282,7 @@ class _Run:
         return {
             **{name: values[name] for name in _MAKES},
             "allocation": allocation(self.settings),
+            "reorder": self._reorders,
             "base": self._digest,
         }
 
@@ -331,6 +334,7 @@ class _Run:
         entry = {
             "made": self._made(), "base": self._origin(),
             "perplexity": self.perplexity, "notes": outcome.notes, "layers": self._layers(outcome), "rival": rival,
+            "order": weights_digest(outcome.model.state_dict()) if self._reorders else self._order,
             "gone": outcome.gone, "removed": outcome.removed, "versions": versions(),
         }  # fmt: skip
         size = save_checkpoint(settings.pruned_path, self._payload(outcome.model, pruning=entry))

@@ -338,6 +338,11 @@ def second_order_blocks(settings: PruneSettings) -> bool:
     return settings.method == "sparsegpt" and settings.pattern == "block"
 
 
+def reorders(settings: PruneSettings) -> bool:
+    """Whether blocks may bring the network's units into another order; a teacher's streams are compared in the old."""
+    return second_order_blocks(settings) and settings.distill_hidden == 0
+
+
 def gradient_samples(settings: PruneSettings) -> int:
     """--gradient_samples, or 32 for blocks; units did no better with 32 than with 8."""
     if settings.gradient_samples is not None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from data.loader import IGNORED, Batch, Unit
 from data.tokenizer import Tokenizer
 from formats.adapter import base_candidates, base_entry, weights_digest
+from formats.checkpoint import stream_order
 from formats.open_model import build_model, is_hub_name, load_payload, payload_tokenizer
 from model.gpt import GPT
 from model.loss import linear_distillation_sum
@@ -149,6 +150,15 @@ def _check_streams(model: GPT, teacher: GPT, name: str) -> None:
         )
 
 
+def _check_order(start: Start, payload: dict[str, Any], name: str) -> None:
+    """A resumed run, whose checkpoint does not tell, was checked when it began."""
+    if not start.resumes and stream_order(start.payload or {}) != stream_order(payload):
+        raise ValueError(
+            f"--distill_hidden compares channel by channel, and pruning in blocks gave {start.path} another order of "
+            f"channels than {name} has: leave it out, or prune with --distill_hidden too, which keeps the order"
+        )
+
+
 def open_teacher(
     settings: FinetuneSettings, here: Dist, start: Start, model: GPT, tokenizer: Tokenizer, folder: Path
 ) -> tuple[GPT, str, dict[str, Any]]:
@@ -176,6 +186,8 @@ def open_teacher(
             f"--teacher {name}: speaks {theirs.kind} ({theirs.fingerprint[:8]}), the model {tokenizer.kind} "
             f"({tokenizer.fingerprint[:8]}): distillation compares token by token, so both need the same tokenizer"
         )
+    if settings.distill_hidden:
+        _check_order(start, payload, name)
     entry = base_entry(payload, name, folder)
     teacher = build_model({**payload, "in_memory": True}, name).eval().requires_grad_(False)
     return teacher.to(model.wte.weight.device), name, {"teacher": entry}

@@ -1,0 +1,48 @@
+"""prune.py where an earlier run left its files: what it may go on from, and what it must measure or make anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pruning_runs import RECOVER, prune_command, save_model, write_texts
+from tests.scripts import one_line_error
+from tests.tiny import text_set
+
+BLOCKS = ("--method", "sparsegpt", "--pattern", "block", "--block_size", 8)
+BRIEFLY = (*RECOVER, "--finetune_data", "set", "--finetune_samples", 2)
+STREAMS = ("--objective", "distill", "--distill_hidden", 0.1)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a model, texts and a set to recover on."""
+    monkeypatch.chdir(tmp_path)
+    write_texts(tmp_path)
+    text_set(tmp_path / "set", n_documents=80)
+    save_model(tmp_path / "model.pt")
+    return tmp_path
+
+
+def test_streams_in_another_order_are_not_compared(capsys: Any) -> None:
+    assert prune_command(capsys, *BLOCKS, "--out", "a.pt")[0] == 0
+    error = one_line_error(prune_command(capsys, *BLOCKS, "--out", "a.pt", *BRIEFLY, *STREAMS))
+    assert "a.pt: is there already, made with other settings (reorder True -> False)" in error
+    assert prune_command(capsys, "--method", "none", "--out", "b.pt", *BRIEFLY, base="a.pt")[0] == 0
+    for base in ("a.pt", "b.pt"):  # as it was pruned, and what a recovery left of it
+        outcome = prune_command(capsys, "--method", "none", "--out", f"of-{base}", *BRIEFLY, *STREAMS, base=base)
+        assert f"--distill_hidden compares channel by channel, and pruning in blocks gave {base}" in one_line_error(
+            outcome
+        )
+    more = ("--method", "magnitude", "--sparsity", 0.6, "--out", "d.pt", *BRIEFLY, *STREAMS)
+    code, out, err = prune_command(capsys, *more, base="a.pt")
+    assert code == 0 and "KL from a.pt" in out, f"the order of its teacher: {err}"
+
+
+def test_streams_are_compared_where_blocks_were_pruned_in_their_order(capsys: Any) -> None:
+    code, out, err = prune_command(capsys, *BLOCKS, "--out", "a.pt", *BRIEFLY, *STREAMS)
+    assert code == 0 and "distill/hidden" in out, err
+    stage = ("--method", "none", "--out", "b.pt", *BRIEFLY)
+    assert prune_command(capsys, *stage, *STREAMS, base="a-recovered.pt")[0] == 0
