@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from data.templates import template_from_spec
 from data.tokenizer import Tokenizer
 from formats.adapter import is_adapter, weights_digest
@@ -28,7 +30,7 @@ from pruning.methods import (
     zeros_as_masks,
 )
 from pruning.settings import SPARSE, PruneSettings, allocation, check, reorders, with_changes
-from pruning.text import TRAIN, VAL, Text, is_split, is_streamed, read_text
+from pruning.text import TRAIN, VAL, Text, fingerprint, is_split, is_streamed, read_text
 from training.distributed import choose_device
 from training.metrics import Console
 from training.run_folder import RunFolder
@@ -190,6 +192,7 @@ class _Run:
         settings = self.settings
         model = self._open_base()
         self._eval = self._evaluation_text(model)
+        self._windows = self._calibration(model)
         done = self._made_before()
         start = settings.pruned_path
         if settings.method == "none":
@@ -255,6 +258,7 @@ class _Run:
         length = self._length(model, "eval_seq_len")
         limit = _POOL * settings.eval_samples * length if is_streamed(settings.eval_text) else None
         text = read_text(settings.eval_text, self._tokenizer, VAL, limit or None)
+        self._eval_tokens = fingerprint(text.ids)
         self.say(f"Perplexity is measured on {text.name}" + ("; --eval_text names another" * (not settings.eval_text)))
         read = [settings.calibration] * _reads_calibration(settings) + [settings.finetune_data] * settings.finetune
         if settings.eval_text in read and not is_split(settings.eval_text):
@@ -283,6 +287,7 @@ class _Run:
             **{name: values[name] for name in _MAKES},
             "allocation": allocation(self.settings),
             "reorder": self._reorders,
+            "calibration_windows": None if self._windows is None else fingerprint(self._windows.numpy()),
             "base": self._digest,
         }
 
@@ -314,7 +319,8 @@ class _Run:
 
     def _measuring(self) -> dict[str, Any]:
         """What decides the text and the windows of a perplexity, as plain values."""
-        return {name: getattr(self.settings, name) for name in ("eval_text", "eval_samples", "eval_seq_len")}
+        names = ("eval_text", "eval_samples", "eval_seq_len")
+        return {**{name: getattr(self.settings, name) for name in names}, "tokens": self._eval_tokens}
 
     def _prune_and_save(self, model: GPT) -> dict[str, Any]:
         settings = self.settings
@@ -363,10 +369,12 @@ class _Run:
             now[i] = numbers
         return kept_by_layer(self._base_layers, now)
 
-    def _statistics(self, model: GPT) -> StatisticsCache | None:
-        """The calibration text's windows, and the place where their statistics are kept."""
+    def _calibration(self, model: GPT) -> Tensor | None:
+        """Windows (N, T) of the calibration text where the method looks at it; also on a run that goes on from the
+        pruned model, which is this run's only if they are the same.
+        """
         settings = self.settings
-        if not needs_text(settings):
+        if not _reads_calibration(settings):
             return None
         length = self._length(model, "importance_seq_len")
         pool = _POOL * settings.importance_samples * length
@@ -377,9 +385,16 @@ class _Run:
             f"Calibration: {len(windows)} windows of {length} tokens from {text.name}"
             + ("; --calibration names another" * (settings.calibration is None))
         )
+        return windows
+
+    def _statistics(self, model: GPT) -> StatisticsCache | None:
+        """Statistics of the calibration text's windows, and the place where they are kept."""
+        settings = self.settings
+        if self._windows is None:
+            return None
         folder = settings.cache_dir if settings.cache_statistics else None
         # Units are judged and fitted by errors in the stream, which the next norm divides by the stream's size.
-        return StatisticsCache(model, windows, folder, self.say, weigh=settings.method == "structured")
+        return StatisticsCache(model, self._windows, folder, self.say, weigh=settings.method == "structured")
 
     def _rival(self, model: GPT, pruned: GPT, cache: StatisticsCache | None) -> dict[str, Any] | None:
         """Whole layers dropped in place of the units, for as many parameters: what a finer method has to beat."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,6 +54,11 @@ class Text:
                 f"give more text, or less with {flags}"
             )
         return torch.from_numpy(self.ids[: found * length].astype(np.int64)).view(found, length)
+
+
+def fingerprint(tokens: np.ndarray) -> str:
+    """A short name for int64 tokens of any shape, another for others: what a text's own name does not tell."""
+    return hashlib.sha256(np.ascontiguousarray(tokens, dtype=np.int64).data).hexdigest()[:16]
 
 
 def read_text(ref: str | None, tokenizer: Tokenizer, split: str, limit: int | None = None) -> Text:
@@ -118,4 +124,4 @@ def source_of(ref: str) -> tuple[str, tuple[str, ...]]:
     raise ValueError(f"{ref}: no such text; expected a file, a prepared set, or a set of the Hub ({known}, owner/name)")
 
 
-__all__ = ["EMBEDDED", "TRAIN", "VAL", "Text", "is_split", "is_streamed", "read_text", "source_of"]
+__all__ = ["EMBEDDED", "TRAIN", "VAL", "Text", "fingerprint", "is_split", "is_streamed", "read_text", "source_of"]

@@ -46,3 +46,28 @@ def test_streams_are_compared_where_blocks_were_pruned_in_their_order(capsys: An
     assert code == 0 and "distill/hidden" in out, err
     stage = ("--method", "none", "--out", "b.pt", *BRIEFLY)
     assert prune_command(capsys, *stage, *STREAMS, base="a-recovered.pt")[0] == 0
+
+
+def exchange_texts(here: Path) -> None:
+    """Each of the two texts under the other's name."""
+    book, other = here / "book.txt", here / "other.txt"
+    was = book.read_bytes()
+    book.write_bytes(other.read_bytes())
+    other.write_bytes(was)
+
+
+def test_other_words_under_the_old_name_are_another_text(here: Path, capsys: Any) -> None:
+    magnitude = ("--method", "magnitude", "--out", "a.pt")
+    wanda = ("--method", "wanda", "--out", "b.pt")
+    first = prune_command(capsys, *magnitude)[1]
+    assert prune_command(capsys, *wanda)[0] == 0
+    exchange_texts(here)
+    code, again, err = prune_command(capsys, *magnitude)
+    assert code == 0 and "the run goes on from it" in again, err
+    lines = [line for line in again.splitlines() if line.startswith("PPL")]
+    assert lines != [line for line in first.splitlines() if line.startswith("PPL")]
+    anew = prune_command(capsys, *magnitude[:2], "--out", "c.pt")[1]
+    assert lines == [line for line in anew.splitlines() if line.startswith("PPL")]
+    assert "b.pt: is there already, made with other settings (calibration_windows " in one_line_error(
+        prune_command(capsys, *wanda)
+    )
