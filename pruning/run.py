@@ -16,6 +16,7 @@ from formats.checkpoint import load_checkpoint, save_checkpoint, stream_order
 from formats.open_model import build_model, check_exists, load_payload, payload_tokenizer
 from model.gpt import GPT
 from model.pruning.structured import NothingToPrune
+from model.pruning.units import drop_layers
 from pruning import comparison, recovery
 from pruning.cache import StatisticsCache
 from pruning.files import check_place, holds_weights, model_payload
@@ -200,7 +201,7 @@ class _Run:
         elif done is None:
             done = self._prune_and_save(model)
         else:
-            self._go_on_with(model, done)
+            done = self._go_on_with(model, done)
         del model
         gc.collect()
         result: dict[str, Any] = {
@@ -305,8 +306,11 @@ class _Run:
         why = f", made with other settings ({', '.join(differing[:3])})" if made else ""
         raise ValueError(f"{path}: is there already{why}: choose another --out or --save_ckpt_log_name")
 
-    def _go_on_with(self, model: GPT, done: dict[str, Any]) -> None:
-        """The pruned model is there: its perplexity too, where it was measured as this run measures."""
+    def _go_on_with(self, model: GPT, done: dict[str, Any]) -> dict[str, Any]:
+        """The pruned model is there: its perplexity too, and its rival's, where this run measures in the same way.
+
+        Returns the entry `pruning`, as this run measures.
+        """
         path = self.settings.pruned_path
         self.say(f"{path}: was made by these settings, the run goes on from it")
         self.perplexity = dict(done["perplexity"])
@@ -314,8 +318,10 @@ class _Run:
             self._protocol = self.perplexity["protocol"]
         else:
             self.perplexity |= {"before": self._measured(model), "after": self._measured_file(path)}
+            done = {**done, "rival": self._rival_again(model, done["rival"])}
         self._say_perplexity("before pruning", self.perplexity["before"])
         self._say_perplexity("after pruning", self.perplexity["after"])
+        return done
 
     def _measuring(self) -> dict[str, Any]:
         """What decides the text and the windows of a perplexity, as plain values."""
@@ -407,7 +413,14 @@ class _Run:
             self.say(f"No cheap rival: {error}")
             return None
         found = {"perplexity": self._measured(rival.model), **sizes(rival.model)}
-        return {"note": rival.notes[0], **found}
+        return {"note": rival.notes[0], "layers": rival.layers, **found}
+
+    def _rival_again(self, model: GPT, rival: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The rival of an earlier run, measured as this one measures."""
+        if rival is None:
+            return None
+        smaller = drop_layers(model, [i for i in range(model.config.n_layer) if i not in rival["layers"]])
+        return {**rival, "perplexity": self._measured(smaller)}
 
     def _start_without_pruning(self, model: GPT) -> Path:
         """What recovery starts from: the base, or where its zeros have no masks a copy of it with masks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,14 @@ def test_other_words_under_the_old_name_are_another_text(here: Path, capsys: Any
     assert "b.pt: is there already, made with other settings (calibration_windows " in one_line_error(
         prune_command(capsys, *wanda)
     )
+
+
+def test_the_rival_is_measured_on_the_same_text_as_the_pruned_model(here: Path, capsys: Any) -> None:
+    words = ("--prune_mlp", "--test_after_prune", "--eval_text", "book.txt")
+    assert prune_command(capsys, "--prune_mlp", "--out", "a.pt")[0] == 0
+    for name in ("a", "b"):  # on the text of before and then another, and on that one from the start
+        code, _, err = prune_command(capsys, *words, "--out", f"{name}.pt")
+        assert code == 0, err
+    again, anew = (json.loads((here / f"logs/{name}/report.json").read_text()) for name in ("a", "b"))
+    assert again["rival"]["perplexity"] == pytest.approx(anew["rival"]["perplexity"], rel=1e-6)
+    assert again["rival"] == {**anew["rival"], "perplexity": again["rival"]["perplexity"]}
