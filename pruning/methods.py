@@ -73,8 +73,8 @@ def _check_work(model: GPT, settings: PruneSettings) -> None:
     """NothingToPrune for the part of a round that the rounds before it have done with what they took beyond theirs."""
     if settings.method == "structured" and settings.pruning_ratio <= 0:
         raise NothingToPrune("the rounds before it took its part already")
-    if settings.method in SPARSE and model.masks:
-        _check_zeros(model, settings, "the model")
+    if settings.method in SPARSE and model.masks and (enough := _enough_zeros(model, settings)):
+        raise NothingToPrune(enough)
 
 
 def _structured(model: GPT, settings: PruneSettings, cache: StatisticsCache | None) -> Outcome:
@@ -210,21 +210,21 @@ def check_model(model: GPT, settings: PruneSettings, name: str) -> None:
             f"{name}: is sparse already ({line}): --method {settings.method} takes whole units, whose zeros would be "
             f"lost with them; prune the dense model, or its zeros further with {', '.join(SPARSE)}"
         )
-    _check_zeros(model, settings, name)
+    if enough := _enough_zeros(model, settings):
+        pattern = " and another --pattern" if settings.pattern in ("2:4", "4:8") else ""
+        raise ValueError(
+            f"{name}: {enough}: --sparsity {settings.sparsity:g} asks for no more; give a larger one{pattern}"
+        )
 
 
-def _check_zeros(model: GPT, settings: PruneSettings, name: str) -> None:
-    """NothingToPrune where not one weight is left to become zero."""
+def _enough_zeros(model: GPT, settings: PruneSettings) -> str | None:
+    """What is to be said where not one weight is left to become zero."""
     inside = matrices(model, range(*check_layers(settings, model.config.n_layer))).values()
     zeros = sum(int((module.weight == 0).sum()) for module in inside)
     weights = sum(module.weight.numel() for module in inside)
     if zeros >= round(settings.sparsity * weights):
-        raise NothingToPrune(
-            f"{name}: {zeros / weights:.1%} of the weights of the chosen layers are zero already: --sparsity "
-            f"{settings.sparsity:g} asks for no more; give a larger one"
-            + " and another --pattern"
-            * (settings.pattern in ("2:4", "4:8"))
-        )
+        return f"{zeros / weights:.1%} of the weights of the chosen layers are zero already"
+    return None
 
 
 def _check_left(model: GPT, settings: PruneSettings, name: str) -> None:

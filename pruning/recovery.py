@@ -133,16 +133,16 @@ def teacher(settings: PruneSettings, pruned: dict[str, Any]) -> str:
     if settings.method != "none":
         return settings.base_model
     base = (pruned.get("pruning") or {}).get("base", {})
-    name, digest = base.get("name"), base.get("digest")
-    if name is None:
+    if base.get("name") is None:
         raise ValueError(
             f"--objective distill: {settings.base_model} does not say what it was pruned from: name that with --teacher"
         )
+    name, digest = str(base["name"]), base.get("digest")
     if digest is not None and digest != weights_digest(build_model(load_payload(name), name).state_dict()):
         raise ValueError(
             f"{name}: is not the model that {settings.base_model} was pruned from any more: name one with --teacher"
         )
-    return str(name)
+    return name
 
 
 def training_data(settings: PruneSettings, tokenizer: Tokenizer, say: Say) -> str:

@@ -17,7 +17,7 @@ from formats.open_model import build_model, check_exists, load_payload, payload_
 from model.gpt import GPT
 from model.pruning.structured import NothingToPrune
 from model.pruning.units import drop_layers
-from pruning import comparison, recovery
+from pruning import comparison, recovery, rounds
 from pruning.cache import StatisticsCache
 from pruning.files import check_place, holds_weights, model_payload
 from pruning.measure import kept_by_layer, layer_numbers, measure_perplexity, show, sizes
@@ -30,7 +30,7 @@ from pruning.methods import (
     unpruned,
     zeros_as_masks,
 )
-from pruning.settings import SPARSE, PruneSettings, allocation, check, reorders, with_changes
+from pruning.settings import PruneSettings, allocation, check, reorders, with_changes
 from pruning.text import TRAIN, VAL, Text, fingerprint, is_split, is_streamed, read_text
 from training.distributed import choose_device
 from training.metrics import Console
@@ -117,8 +117,8 @@ def _in_rounds(settings: PruneSettings, say: Callable[[str], None]) -> dict[str,
     done: dict[int, dict[str, Any]] = {}  # the entry `pruning` of each round
     for number in range(1, settings.rounds + 1):
         last = number == settings.rounds
-        ratio, sparsity = round_shares(settings, number, left)
-        say(f"Round {number} of {settings.rounds}: {_share_line(settings, ratio, sparsity)}")
+        ratio, sparsity = rounds.round_shares(settings, number, left)
+        say(f"Round {number} of {settings.rounds}: {rounds.share_line(settings, ratio, sparsity)}")
         changes = {"base_model": base, "pruning_ratio": ratio, "sparsity": sparsity}
         changes["teacher"] = settings.teacher or settings.base_model
         changes["save_ckpt_log_name"] = f"{settings.log_name}/round-{number}"
@@ -141,35 +141,9 @@ def _in_rounds(settings: PruneSettings, say: Callable[[str], None]) -> dict[str,
     rows = result["pruning"]["layers"]
     now = [{part: row[part][0] for part in ("attention", "mlp")} for row in rows]
     # A rival would be one of the last round alone.
-    pruning = {**result["pruning"], "rival": None, "notes": _notes_of_rounds(done, 1 - left)}
+    pruning = {**result["pruning"], "rival": None, "notes": rounds.notes_of_rounds(done, 1 - left)}
     layers = kept_by_layer(first["base_layers"], now)
     return {**result, "base": settings.base_model, "layers": layers, "pruning": pruning}
-
-
-def _notes_of_rounds(done: dict[int, dict[str, Any]], gone: float) -> list[str]:
-    """What is to be said of all rounds, by the entry `pruning` of each. A line on zeros counts those of before too."""
-    *_, last = done.values()
-    if last["made"]["method"] in SPARSE:
-        return list(last["notes"])
-    removed = [entry["removed"] for entry in done.values() if entry["removed"]]
-    total = f"{sum(removed):,} parameters removed in {len(removed)} rounds, {gone:.1%} of the units in range"
-    return [total, *(f"Round {number}: {note}" for number, entry in done.items() for note in entry["notes"])]
-
-
-def round_shares(settings: PruneSettings, number: int, left: float) -> tuple[float, float]:
-    """--pruning_ratio and --sparsity of a round, 1 the first; `left`: share of the units that is there by then.
-
-    Units go in equal parts of the model as it was; the ratio of a round is a share of what is left by then, 0 where the
-    whole units of the rounds before came to its part too. Zeros come fast at first and slowly at the end:
-    s (1 - (1 - r/N)^3) after round r (Zhu & Gupta 2017).
-    """
-    stays = 1 - number / settings.rounds * settings.pruning_ratio
-    sparsity = settings.sparsity * (1 - (1 - number / settings.rounds) ** 3)
-    return max(0.0, 1 - stays / left), sparsity
-
-
-def _share_line(settings: PruneSettings, ratio: float, sparsity: float) -> str:
-    return f"sparsity {sparsity:.1%}" if settings.method in SPARSE else f"{ratio:.1%} of what is left"
 
 
 class _Run:

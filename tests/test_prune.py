@@ -23,7 +23,7 @@ from formats.open_model import open_model
 from model.masks import check_masks
 from model.pruning.matrices import matrices
 from pruning import probe
-from pruning.run import round_shares
+from pruning.rounds import round_shares
 from pruning.settings import PruneSettings
 from tests.pruning_runs import GPT2, LLAMA, RECOVER, prune_command, save_model, weights_of, write_texts
 from tests.runs import changed_losses

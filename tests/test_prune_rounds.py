@@ -75,6 +75,7 @@ def test_rounds_that_would_all_prune_nothing_are_told_so(here: Path, capsys: Any
     prune_command(capsys, "--method", "wanda", "--sparsity", 0.6, "--out", "w.pt")
     outcome = prune_command(capsys, *ZEROS, "--out", "b.pt", *BRIEFLY, base="w.pt")
     assert "w.pt: 60.0% of the weights of the chosen layers are zero already" in one_line_error(outcome)
+    assert "Round 2" not in outcome[1]
     assert not (here / "logs/b/round-1").exists()
 
 
