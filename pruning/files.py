@@ -13,6 +13,7 @@ from formats.checkpoint import load_checkpoint, masks_entry, payload_masks
 from formats.compact import to_compact
 from model.gpt import GPT
 from model.tuning import base_state
+from pruning.settings import PruneSettings
 
 
 def model_payload(model: GPT, compact: bool, **about: Any) -> dict[str, Any]:
@@ -44,3 +45,22 @@ def check_place(path: Path, flag: str) -> None:
             pass
     except OSError as error:
         raise ValueError(f"{flag}: no file can be made in {folder} ({error.strerror}): choose another") from None
+
+
+def refuse_what_is_there(settings: PruneSettings) -> None:
+    """ValueError, before any work, where something is in the way that prune.py did not write, or nothing can be."""
+    for path, entry in ((settings.pruned_path, "pruning"), (settings.recovered_path, "recovery")):
+        wanted = settings.finetune if entry == "recovery" else settings.method != "none"
+        if not wanted or not path.exists():
+            continue
+        there = load_checkpoint(path) if path.is_file() else {}
+        if not there.get(entry):
+            raise ValueError(f"{path}: is there already: choose another --out or --save_ckpt_log_name")
+        if settings.compact and there.get("masks") and not there.get("in_memory"):  # which a compact file's weights are
+            raise ValueError(
+                f"{path}: is there already, with its zeros: leave --compact out; export.py compact {path} OUT.pt "
+                "stores it without"
+            )
+    check_place(settings.folder / "training.log", "--save_ckpt_log_name")
+    if settings.out is not None:
+        check_place(settings.pruned_path, f"--out {settings.out}")

@@ -19,7 +19,7 @@ from model.pruning.structured import NothingToPrune
 from model.pruning.units import drop_layers
 from pruning import comparison, recovery, rounds
 from pruning.cache import StatisticsCache
-from pruning.files import check_place, holds_weights, model_payload
+from pruning.files import holds_weights, model_payload, refuse_what_is_there
 from pruning.measure import kept_by_layer, layer_numbers, measure_perplexity, show, sizes
 from pruning.methods import (
     Outcome,
@@ -55,7 +55,7 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
     """
     check(settings)
     check_exists(settings.base_model)
-    _refuse_what_is_there(settings)
+    refuse_what_is_there(settings)
     if settings.compares:
         comparison.check_report_path(settings, _MAKES)
         comparison.check_prompts(settings)
@@ -74,25 +74,6 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
     finally:
         console.close()
         folder.close()
-
-
-def _refuse_what_is_there(settings: PruneSettings) -> None:
-    """ValueError, before any work, where something is in the way that prune.py did not write, or nothing can be."""
-    for path, entry in ((settings.pruned_path, "pruning"), (settings.recovered_path, "recovery")):
-        wanted = settings.finetune if entry == "recovery" else settings.method != "none"
-        if not wanted or not path.exists():
-            continue
-        there = load_checkpoint(path) if path.is_file() else {}
-        if not there.get(entry):
-            raise ValueError(f"{path}: is there already: choose another --out or --save_ckpt_log_name")
-        if settings.compact and there.get("masks") and not there.get("in_memory"):  # which a compact file's weights are
-            raise ValueError(
-                f"{path}: is there already, with its zeros: leave --compact out; export.py compact {path} OUT.pt "
-                "stores it without"
-            )
-    check_place(settings.folder / "training.log", "--save_ckpt_log_name")
-    if settings.out is not None:
-        check_place(settings.pruned_path, f"--out {settings.out}")
 
 
 def _say_what_is_not_read(settings: PruneSettings, say: Callable[[str], None]) -> None:
