@@ -179,7 +179,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     A set that already stands at `target` is replaced in the last act, its README.md carried over. Folders left by
     runs that were killed are removed first. ValueError when `target` holds other files: they would be lost.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))  # where a link leads to, not the link, is what is replaced
     _refuse_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     _clear_dead_runs(target)

@@ -56,7 +56,7 @@ class Chat:
 
     def _fitting_prompt(self) -> list[int]:
         """Ids up to where the answer begins. The oldest exchanges go while it and an answer exceed the context."""
-        room = self.opened.model.config.block_size - self.sampling.max_new_tokens
+        room = self.opened.model.context_length - self.sampling.max_new_tokens
         while True:
             ids, _ = render_conversation(
                 self.messages(), self.template, self.opened.tokenizer, add_generation_prompt=True

@@ -169,7 +169,7 @@ def reference_loss(opened: OpenModel, record: Record, template: Template | None)
 
 
 def _score(opened: OpenModel, ids: np.ndarray, mask: np.ndarray) -> PerplexityResult:
-    block_size = opened.model.config.block_size
+    block_size = opened.model.context_length
     return perplexity(opened.model, ArrayTokens(ids, mask), block_size=block_size, stride=max(1, block_size // 2))
 
 
@@ -302,7 +302,7 @@ def _head(
 
 
 def _truncation_note(label: str, opened: OpenModel, answers: list[dict[str, Any]]) -> list[str]:
-    limit = opened.model.config.block_size
+    limit = opened.model.context_length
     cut = sum(answer["prompt_tokens"] + answer["tokens"] > limit for answer in answers)
     text = f"{label}: {_count(cut, 'answer')} went beyond the context of {limit} tokens: the model saw the end only."
     return [text] if cut else []

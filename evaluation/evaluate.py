@@ -158,7 +158,7 @@ class _Work:
     def of_text(self, text: PlainText, label: str, opened: OpenModel) -> dict[str, Any]:
         """How likely a text is."""
         stream = text.stream(opened.tokenizer)
-        block_size = self._window(text.window(opened.model.config.block_size))
+        block_size = self._window(text.window(opened.model.context_length))
         stride = self._stride(max(1, block_size // 2) if text.recipe is None else block_size)
         limit = text.limit(self._at_most(stream.n_tokens), block_size)
         begins = "no begin token" if opened.tokenizer.bos_id is None else "behind the begin token"
@@ -172,7 +172,7 @@ class _Work:
         by_category: dict[str, dict[str, Any]] = {}
         if self.likelihood:
             stream = instructions.stream(opened, template)
-            block_size = self._window(opened.model.config.block_size)
+            block_size = self._window(opened.model.context_length)
             stride = self._stride(max(1, block_size // 2))
             limit = self._at_most(instructions.limit(stream))
             how = "each record by itself" if stream.has_mask else "no begin token"

@@ -243,7 +243,7 @@ def count_bytes(tokenizer: Tokenizer, ids: Iterable[int]) -> int:
 
 
 def _check_sizes(model: GPT, block_size: int, stride: int, batch_size: int) -> None:
-    limit = model.config.block_size
+    limit = model.context_length
     if not 2 <= block_size <= limit:
         raise ValueError(f"block_size {block_size}: expected 2 to {limit}, the model's context")
     if not 1 <= stride <= block_size:

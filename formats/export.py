@@ -48,6 +48,13 @@ def import_model(settings: ImportSettings, say: Say) -> None:
     say(f"{out}: {_describe(payload)}, {size / 1e6:,.1f} MB")
 
 
+def _whole_model(checkpoint: str) -> dict[str, Any]:
+    payload = load_payload(checkpoint)
+    if is_adapter(payload):
+        raise ValueError(f"{checkpoint}: is an adapter: merge it (export.py merge) and export the result")
+    return payload
+
+
 def export_huggingface(settings: HuggingFaceSettings, say: Say) -> None:
     """Write a model as a folder that transformers loads. Raises ValueError or OSError for what cannot be."""
     from formats.hf_write import write_huggingface
@@ -56,7 +63,7 @@ def export_huggingface(settings: HuggingFaceSettings, say: Say) -> None:
     _need(settings.out, "OUT_DIR, the folder to write")
     if not settings.max_shard_gb > 0:
         raise ValueError(f"--max_shard_gb {settings.max_shard_gb}: expected a size above 0")
-    payload = load_payload(settings.checkpoint)
+    payload = _whole_model(settings.checkpoint)
     report = write_huggingface(payload, Path(settings.out), shard_bytes=int(settings.max_shard_gb * 1e9))
     _finish(payload, report, Path(settings.out), say)
 
@@ -67,7 +74,7 @@ def export_gguf(settings: GgufSettings, say: Say) -> None:
 
     _need(settings.checkpoint, "CKPT, the model to export")
     out = _output_file(settings.out, ".gguf", settings.overwrite)
-    payload = load_payload(settings.checkpoint)
+    payload = _whole_model(settings.checkpoint)
     report = write_gguf(payload, out, settings.dtype)
     _finish(payload, report, out, say)
 

@@ -270,6 +270,17 @@ def test_an_interrupt_as_soon_as_the_folder_is_there_leaves_none(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_leads_to_the_set(tmp_path, there):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "set").symlink_to(tmp_path / "big" / "real")
+    if there:
+        build(tmp_path / "big" / "real", [[1, 2]])
+    build(tmp_path / "set", [[3, 4]])
+    assert (tmp_path / "set").is_symlink() and os.listdir(tmp_path / "big") == ["real"]
+    assert open_dataset(tmp_path / "big" / "real", "train").tokens(0, 2).tolist() == [3, 4]
+
+
 def test_an_interrupt_between_the_two_renames_leaves_the_old_set(tmp_path):
     target = tmp_path / "set"
     build(target, [[1, 2]])

@@ -171,6 +171,15 @@ def test_memory_does_not_grow_with_the_text():
     assert max(stop - start for start, stop in reads) == 16
 
 
+def test_a_window_is_no_longer_than_what_a_prompt_of_its_own_leaves_of_the_context():
+    model = tiny_model(block_size=16)
+    model.context_length = 12  # as p_tuning with four positions does
+    ids = random_ids(40)
+    assert perplexity(model, ids, block_size=12, stride=12).tokens == 36
+    with pytest.raises(ValueError, match="block_size 16: expected 2 to 12, the model's context"):
+        perplexity(model, ids, block_size=16, stride=16)
+
+
 def test_the_mode_of_the_model_is_put_back_also_after_an_error():
     model = tiny_model(dropout=0.5)
     ids = random_ids(50)

@@ -131,6 +131,15 @@ def test_what_cannot_be_done_is_told_in_one_line_and_leaves_nothing(tmp_path: Pa
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_an_adapter_alone_is_no_model_to_export(form: str, tmp_path: Path, capsys: Any) -> None:
+    save_tiny(tmp_path / "base.pt")
+    make_adapter(tmp_path / "base.pt", tmp_path / "lora.pt")
+    said = fails(capsys, form, tmp_path / "lora.pt", tmp_path / "out.gguf")
+    assert "lora.pt: is an adapter: merge it (export.py merge)" in said
+    assert not (tmp_path / "out.gguf").exists()
+
+
 def test_overwrite_replaces(tmp_path: Path, capsys: Any) -> None:
     save_tiny(tmp_path / "a.pt", seed=1)
     save_tiny(tmp_path / "b.pt", seed=2)

@@ -57,6 +57,42 @@ def test_own_checkpoint_first(place: Place) -> None:
         assert start.payload is not None and start.payload["step"] == 4
 
 
+def test_fine_tuning_does_not_go_on_from_the_state_of_a_pretraining_nor_the_other_way_round(place: Place) -> None:
+    path = place.folder.checkpoint_path(4)
+    for cls, other, script in (
+        (FinetuneSettings, TrainSettings, "train_gpt2.py"),
+        (TrainSettings, FinetuneSettings, "finetune_dolly.py"),
+    ):
+        save_checkpoint(path, {**full_payload(4), "settings": to_dict(other())})
+        for flags in (["--auto_resume"], ["--resume", "--checkpoint_path", str(path)]):
+            with pytest.raises(ValueError, match=f"model_00004.pt: is of a run of {script}: go on with that"):
+                place.start(*flags, cls=cls)
+            assert place.start(*flags, cls=other).resumes
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--finetune_method", "lora"], "pretrained_checkpoint"),
+        (["--objective", "dpo"], "pretrained_checkpoint"),
+        (["--objective", "distill"], "teacher"),
+        ([], None),  # a full run holds all that it needs
+    ],
+)
+def test_what_a_run_needs_again_does_not_lie_where_it_would_be_moved_aside(
+    place: Place, flags: list[str], name: str | None
+) -> None:
+    own = place.folder.path / "best.pt"
+    save_checkpoint(own, weights_only())
+    save_checkpoint(place.pretrained, weights_only())
+    words = [*flags, f"--{name or 'pretrained_checkpoint'}", str(own)]
+    if name is None:
+        assert place.start(*words).path == own
+    else:
+        with pytest.raises(ValueError, match=rf"^--{name} .*best\.pt lies in --log_dir"):
+            place.start(*words)
+
+
 def test_without_a_resume_flag_the_pretrained_model_even_beside_an_own_checkpoint(place: Place) -> None:
     save_checkpoint(place.folder.checkpoint_path(4), full_payload(4))
     save_checkpoint(place.pretrained, weights_only())

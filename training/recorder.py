@@ -129,7 +129,8 @@ class Recorder:
         """Answers to the fixed prompts, with the same seed each time, so that only the weights differ."""
         if not self.active:
             return
-        prompts = [render_prompt(text, self.template, self.tokenizer) for text in self.settings.sample_prompts]
+        rendered = [render_prompt(text, self.template, self.tokenizer) for text in self.settings.sample_prompts]
+        prompts = [ids or [self.tokenizer.eot_id] for ids in rendered]  # of no words: as a new document begins
 
         def check(row: int, token: int) -> None:
             if stop.requested:

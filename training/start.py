@@ -12,6 +12,7 @@ from data.chat import Template
 from data.templates import template_from_spec
 from formats.checkpoint import has_digest, is_full, load_checkpoint
 from formats.open_model import load_payload
+from model.tuning import METHODS
 from training.distributed import Dist
 from training.nodes import fetch_newest
 from training.progress import Progress
@@ -83,9 +84,11 @@ def choose_start(settings: RunSettings, folder: RunFolder, say: Say) -> Start:
         raise ValueError("--checkpoint_path names what --resume goes on from: add --resume")
     own = _own_checkpoint(settings, folder, say)
     if own is not None:
+        _check_script(settings, own)
         _check_state(own)
         return own
     if isinstance(settings, FinetuneSettings):
+        _check_sources_stay(settings, folder)
         return _pretrained(settings, say)
     return Start()
 
@@ -114,6 +117,31 @@ def _own_checkpoint(settings: RunSettings, folder: RunFolder, say: Say) -> Start
         )
     say(f"--auto_resume: no usable checkpoint in {folder.path}: starting anew")
     return None
+
+
+def _check_script(settings: RunSettings, own: Start) -> None:
+    """ValueError where fine-tuning would go on from the state of a pretraining, or the other way round."""
+    saved = (own.payload or {}).get("settings")
+    if not own.resumes or not saved:
+        return
+    tuned = "finetune_method" in saved
+    if tuned != isinstance(settings, FinetuneSettings):
+        raise ValueError(
+            f"{own.path}: is of a run of {'finetune_dolly.py' if tuned else 'train_gpt2.py'}: go on with that, or "
+            "choose another --log_dir (and its weights with finetune_dolly.py --pretrained_checkpoint)"
+        )
+
+
+def _check_sources_stay(settings: FinetuneSettings, folder: RunFolder) -> None:
+    """ValueError where a file that the run will need again lies where a new run moves an earlier one's files aside."""
+    needs_base = METHODS[settings.finetune_method].adapts or settings.objective != "sft"
+    for name, needed in (("pretrained_checkpoint", needs_base), ("teacher", settings.objective == "distill")):
+        path = Path(getattr(settings, name) or "")
+        if needed and path.is_file() and path.parent.resolve() == folder.path.resolve():
+            raise ValueError(
+                f"--{name} {path} lies in --log_dir, whose files a new run moves aside, and this run needs it to be "
+                "resumed or opened: choose another --log_dir"
+            )
 
 
 def _pretrained(settings: FinetuneSettings, say: Say) -> Start:
