@@ -253,8 +253,7 @@ def _check_entries(payload: dict[str, Any], path: Path) -> None:
 
 def stream_order(payload: Mapping[str, Any]) -> str | None:
     """What the order of a loaded model's residual channels is called where pruning in blocks changed it, else None."""
-    entry = payload.get("pruning")
-    return entry.get("order") if isinstance(entry, dict) else None
+    return (payload.get("pruning") or {}).get("order")
 
 
 def payload_masks(payload: Mapping[str, Any], path: str | Path) -> Masks:

@@ -48,10 +48,10 @@ def import_model(settings: ImportSettings, say: Say) -> None:
     say(f"{out}: {_describe(payload)}, {size / 1e6:,.1f} MB")
 
 
-def _whole_model(checkpoint: str) -> dict[str, Any]:
+def _whole_model(checkpoint: str, then: str = "export") -> dict[str, Any]:
     payload = load_payload(checkpoint)
     if is_adapter(payload):
-        raise ValueError(f"{checkpoint}: is an adapter: merge it (export.py merge) and export the result")
+        raise ValueError(f"{checkpoint}: is an adapter: merge it (export.py merge) and {then} the result")
     return payload
 
 
@@ -94,10 +94,8 @@ def export_compact(settings: CompactSettings, say: Say) -> None:
     """Write a pruned model without its zeros, weights only. Raises ValueError or OSError for what cannot be."""
     _need(settings.checkpoint, "CKPT, the pruned model")
     out = _output_file(settings.out, ".pt", settings.overwrite)
-    payload = load_payload(settings.checkpoint)
+    payload = _whole_model(settings.checkpoint, then="compact")
     masks = payload_masks(payload, settings.checkpoint)
-    if is_adapter(payload):
-        raise ValueError(f"{settings.checkpoint}: is an adapter: merge it (export.py merge) and compact the result")
     if not masks:
         raise ValueError(f"{settings.checkpoint}: has no pruning masks, so there are no zeros to leave out")
     payload = {key: value for key, value in payload.items() if key not in (*TRAINING_KEYS, "in_memory")}

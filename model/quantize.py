@@ -130,7 +130,6 @@ class QuantizedLinear(nn.Module):
         # int8 in a model that only generates: quicker than reading the weight back, but with x in bf16.
         self.reads_codes = False
         self._codes_and_scales: tuple[Tensor, Tensor] | None = None  # of int8, as the kernel takes them
-        self._pads = base.in_features % _KERNEL_INPUTS != 0
         self._names = [f"stored_{i}" for i in range(len(stored))]
         for name, tensor in zip(self._names, stored):
             self.register_buffer(name, tensor, persistent=False)
@@ -166,7 +165,9 @@ class QuantizedLinear(nn.Module):
             self.stored_0 = codes[:, : self.in_features]  # the same memory, not a second copy
             self._codes_and_scales = codes, scales.flatten().bfloat16()
         codes, scales = self._codes_and_scales
-        x = F.pad(x.bfloat16(), (0, codes.size(1) - self.in_features)) if self._pads else x.bfloat16()
+        x = x.bfloat16()
+        if codes.size(1) > self.in_features:
+            x = F.pad(x, (0, codes.size(1) - self.in_features))
         y = torch._weight_int8pack_mm(x, codes, scales)
         bias = self._parameters["bias"]  # by its own name it costs a search, 120 times a step
         return y if bias is None else y + bias

@@ -19,12 +19,12 @@ from model.lora import target_names
 from model.masks import check_masks
 from model.tuning import merge
 from pruning.files import model_payload
-from pruning.settings import PruneSettings, finetune_lr
+from pruning.settings import OF_DISTILLATION, OF_LORA, PruneSettings, finetune_lr
 from pruning.text import EMBEDDED, source_of
 from report.files import write_json
 from training.run_folder import RunFolder
 from training.run_settings import FinetuneSettings
-from training.settings import to_dict
+from training.settings import listed, to_dict
 
 Say = Callable[[str], None]
 _DOCUMENTS_PER_SAMPLE = 4  # of a Hub's set: enough that short ones fill the windows asked for
@@ -41,8 +41,6 @@ _RENAMED = {
     "seed": "seed",
     "device": "device",
 }
-_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
-_DISTILL = ("distill_hard", "distill_hidden")
 
 
 def check_recovery(settings: PruneSettings, model: GPT) -> None:
@@ -56,7 +54,7 @@ def check_recovery(settings: PruneSettings, model: GPT) -> None:
         source_of(ref)
     if settings.finetune_method == "lora":
         try:
-            target_names(model, [name for words in settings.lora_target_modules for name in words.split(",") if name])
+            target_names(model, listed(settings.lora_target_modules))
         except ValueError as error:
             raise ValueError(f"--lora_target_modules: {error}") from None
 
@@ -117,9 +115,9 @@ def finetune_settings(
         "auto_resume": True,
     }
     if settings.finetune_method == "lora":
-        values |= {name: getattr(settings, name) for name in _LORA}
+        values |= {name: getattr(settings, name) for name in OF_LORA}
     if settings.objective == "distill":
-        values |= {name: getattr(settings, name) for name in _DISTILL}
+        values |= {name: getattr(settings, name) for name in OF_DISTILLATION}
         values["teacher"] = teacher(settings, pruned)
     tuning = FinetuneSettings(**values)
     object.__setattr__(tuning, "explicit_names", frozenset(values))
@@ -165,8 +163,8 @@ def _made(settings: PruneSettings, digest: str) -> dict[str, Any]:
     """What decides the recovered model, as plain values."""
     values = to_dict(settings)
     names = [*(name for name in _RENAMED if name != "device"), "finetune_seq_len", "finetune_data", "objective"]
-    names += _LORA if settings.finetune_method == "lora" else ()
-    names += (*_DISTILL, "teacher") if settings.objective == "distill" else ()
+    names += OF_LORA if settings.finetune_method == "lora" else ()
+    names += OF_DISTILLATION if settings.objective == "distill" else ()
     return {**{name: values[name] for name in names}, "finetune_lr": finetune_lr(settings), "pruned": digest}
 
 

@@ -241,12 +241,12 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "allocation": ("structured", *SPARSE),
     "compact": (*SPARSE, "none"),
 }
-_OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
-_OF_DISTILLATION = ("teacher", "distill_hard", "distill_hidden")
+OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+OF_DISTILLATION = ("teacher", "distill_hard", "distill_hidden")
 _OF_RECOVERY = (
     *("finetune_method", "finetune_lr", "finetune_epochs", "finetune_samples", "finetune_batch_size"),
     *("finetune_seq_len", "finetune_grad_accum", "finetune_max_grad_norm", "finetune_weight_decay"),
-    *("finetune_warmup_steps", "finetune_checkpoint_interval", *_OF_LORA, *_OF_DISTILLATION),
+    *("finetune_warmup_steps", "finetune_checkpoint_interval", *OF_LORA, *OF_DISTILLATION),
 )
 
 
@@ -275,8 +275,8 @@ def _refuse_idle_flags(settings: PruneSettings) -> None:
     method, objective = settings.finetune_method, settings.objective
     for names, used, why in (
         (_OF_RECOVERY, settings.finetune, "without recovery: add --finetune"),
-        (_OF_LORA, method == "lora", f"to --finetune_method {method}: add --finetune_method lora"),
-        (_OF_DISTILLATION, objective == "distill", f"to --objective {objective}: add --objective distill"),
+        (OF_LORA, method == "lora", f"to --finetune_method {method}: add --finetune_method lora"),
+        (OF_DISTILLATION, objective == "distill", f"to --objective {objective}: add --objective distill"),
         (("prompts",), settings.compares, "without a comparison: add --test_after_prune"),
     ):
         idle = [name for name in names if is_flag(settings, name) and not used]

@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 
 from data.templates import TEMPLATES
@@ -18,7 +19,7 @@ from model.gpt import GPT
 from prune import main
 from pruning.settings import PruneSettings
 from tests.scripts import run_main
-from tests.tiny import sentence
+from tests.tiny import sentence, text_set
 
 SIZES = {"vocab_size": 257, "padded_vocab_size": 384, "block_size": 64, "n_layer": 3}
 SIZES |= {"n_head": 4, "n_kv_head": 2, "head_dim": 8, "n_embd": 32, "mlp_dim": 48}
@@ -50,6 +51,17 @@ def write_texts(folder: Path) -> None:
         (folder / f"{name}.txt").write_text("".join(sentence(rng, 12) + ".\n" for _ in range(100)), "utf-8")
     lines = [f'{{"text": "{sentence(rng, 12)}"}}\n' for _ in range(50)]
     (folder / "docs.jsonl").write_text("".join(lines), "utf-8")
+
+
+def working_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, config: GPTConfig = LLAMA, documents: int = 0
+) -> Path:
+    """`folder`, from now on the working directory, with model.pt, texts, and a set of so many documents."""
+    monkeypatch.chdir(folder)
+    write_texts(folder)
+    if documents:
+        text_set(folder / "set", n_documents=documents)
+    return save_model(folder / "model.pt", config).parent
 
 
 def prune_command(capsys: Any, *words: object, base: str = "model.pt", small: bool = True) -> tuple[int, str, str]:

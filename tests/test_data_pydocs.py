@@ -1,10 +1,10 @@
 """The embedded documentation: prose, and records made of it; the same each time, true, read without importing it."""
 
+import inspect
 import itertools
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -96,6 +96,6 @@ def test_docstrings_become_sentences(docstring: str, said: str | None) -> None:
 
 def test_where_there_is_no_source_there_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(stdlib_docs.sysconfig, "get_path", lambda name: str(tmp_path))
-    fresh: Callable[[], object] = stdlib_docs.library_docstrings.__wrapped__
+    fresh = inspect.unwrap(stdlib_docs.library_docstrings)  # without the cache
     with pytest.raises(OSError, match=r"no source files.*--input"):
         fresh()

@@ -25,7 +25,7 @@ from model.pruning.matrices import matrices
 from pruning import probe
 from pruning.rounds import round_shares
 from pruning.settings import PruneSettings
-from tests.pruning_runs import GPT2, LLAMA, RECOVER, prune_command, save_model, weights_of, write_texts
+from tests.pruning_runs import GPT2, LLAMA, RECOVER, prune_command, save_model, weights_of, working_folder
 from tests.runs import changed_losses
 from tests.scripts import one_line_error
 from tests.tiny import text_set
@@ -34,10 +34,7 @@ from tests.tiny import text_set
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a model and texts."""
-    monkeypatch.chdir(tmp_path)
-    write_texts(tmp_path)
-    save_model(tmp_path / "model.pt")
-    return tmp_path
+    return working_folder(tmp_path, monkeypatch)
 
 
 def perplexities(out: str) -> dict[str, float]:

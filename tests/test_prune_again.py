@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.pruning_runs import RECOVER, prune_command, save_model, write_texts
+from tests.pruning_runs import RECOVER, prune_command, working_folder
 from tests.scripts import one_line_error
-from tests.tiny import text_set
 
 BLOCKS = ("--method", "sparsegpt", "--pattern", "block", "--block_size", 8)
 BRIEFLY = (*RECOVER, "--finetune_data", "set", "--finetune_samples", 2)
@@ -20,11 +19,7 @@ STREAMS = ("--objective", "distill", "--distill_hidden", 0.1)
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a model, texts and a set to recover on."""
-    monkeypatch.chdir(tmp_path)
-    write_texts(tmp_path)
-    text_set(tmp_path / "set", n_documents=80)
-    save_model(tmp_path / "model.pt")
-    return tmp_path
+    return working_folder(tmp_path, monkeypatch, documents=80)
 
 
 def test_streams_in_another_order_are_not_compared(capsys: Any) -> None:

@@ -15,7 +15,7 @@ from formats.gguf_write import write_gguf
 from formats.open_model import load_payload, open_model
 from model.pruning.matrices import matrices
 from tests.gguf_files import alter
-from tests.pruning_runs import LLAMA, prune_command, save_model, weights_of, write_texts
+from tests.pruning_runs import LLAMA, prune_command, save_model, weights_of, working_folder
 from tests.scripts import one_line_error
 
 TAKEN = "which no masks explain: taken as pruned"
@@ -24,10 +24,7 @@ TAKEN = "which no masks explain: taken as pruned"
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a model, whose rows quantisation takes, and texts."""
-    monkeypatch.chdir(tmp_path)
-    write_texts(tmp_path)
-    save_model(tmp_path / "model.pt", dataclasses.replace(LLAMA, mlp_dim=64))
-    return tmp_path
+    return working_folder(tmp_path, monkeypatch, dataclasses.replace(LLAMA, mlp_dim=64))
 
 
 def quantised(path: str, kind: str) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from formats.checkpoint import load_checkpoint, save_checkpoint
 from pruning.settings import PruneSettings, check, with_changes
-from tests.pruning_runs import RECOVER, prune_command, save_model, write_texts
+from tests.pruning_runs import RECOVER, prune_command, save_model, working_folder
 from tests.scripts import one_line_error
 from tests.tiny import text_set
 from training.settings import parse
@@ -19,10 +19,7 @@ from training.settings import parse
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a model and texts."""
-    monkeypatch.chdir(tmp_path)
-    write_texts(tmp_path)
-    save_model(tmp_path / "model.pt")
-    return tmp_path
+    return working_folder(tmp_path, monkeypatch)
 
 
 # -- files of others -------------------------------------------------------------------------------------------------

@@ -11,16 +11,13 @@ import pytest
 
 from formats.checkpoint import load_checkpoint
 from formats.open_model import open_model
-from tests.pruning_runs import LLAMA, prune_command, save_model, write_texts
+from tests.pruning_runs import LLAMA, prune_command, working_folder
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a model of eight layers, and texts."""
-    monkeypatch.chdir(tmp_path)
-    write_texts(tmp_path)
-    save_model(tmp_path / "model.pt", dataclasses.replace(LLAMA, n_layer=8))
-    return tmp_path
+    return working_folder(tmp_path, monkeypatch, dataclasses.replace(LLAMA, n_layer=8))
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,8 @@ import pytest
 
 from formats.open_model import open_model
 from model.pruning.matrices import matrices
-from tests.pruning_runs import RECOVER, prune_command, save_model, write_texts
+from tests.pruning_runs import RECOVER, prune_command, working_folder
 from tests.scripts import one_line_error
-from tests.tiny import text_set
 
 BRIEFLY = (*RECOVER, "--finetune_data", "set", "--finetune_samples", 2)  # one step: what a round takes counts here
 ZEROS = ("--method", "magnitude", "--sparsity", 0.6, "--rounds", 2)
@@ -21,11 +20,7 @@ ZEROS = ("--method", "magnitude", "--sparsity", 0.6, "--rounds", 2)
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a model, texts and a set to recover on."""
-    monkeypatch.chdir(tmp_path)
-    write_texts(tmp_path)
-    text_set(tmp_path / "set", n_documents=80)
-    save_model(tmp_path / "model.pt")
-    return tmp_path
+    return working_folder(tmp_path, monkeypatch, documents=80)
 
 
 def units_left(path: str) -> int:

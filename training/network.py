@@ -18,7 +18,7 @@ from model.tuning import METHODS, QLoraSettings, apply_method, settings_from_dic
 from training.distributed import Dist
 from training.run_folder import Say
 from training.run_settings import METHOD_FLAGS, FinetuneSettings, RunSettings
-from training.settings import is_explicit
+from training.settings import is_explicit, listed
 from training.start import Start
 
 
@@ -128,7 +128,7 @@ def chosen_method(settings: FinetuneSettings) -> Any:
     method = settings.finetune_method
     values = {_FIELDS[flag]: getattr(settings, flag) for flag in METHOD_FLAGS[method] if flag in _FIELDS}
     if "targets" in values:
-        values["targets"] = tuple(name for entry in values["targets"] for name in entry.split(",") if name)
+        values["targets"] = tuple(listed(values["targets"]))
     if method == "qlora":
         return QLoraSettings(quantization=values.pop("quantization"), lora=LoraSettings(**values))
     return METHODS[method].settings(**values)

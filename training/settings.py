@@ -56,6 +56,11 @@ def own_name(name: str, cls: type) -> str:
     return name if name in field_names(cls) else aliases_of(cls).get(name, name)
 
 
+def listed(entries: Iterable[str]) -> list[str]:
+    """What a list's entries name: one each, or several with commas between, as other tools have it."""
+    return [name for entry in entries for name in entry.split(",") if name]
+
+
 def all_names(cls: type) -> list[str]:
     """Every name that the settings can be given under, ours first."""
     known = field_names(cls)
